@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+# make live    the dashboard over a built-in workload
+# make test    everything that is checked
+# make setup   only .venv/bin/rsplice
+BIN := .venv/bin
+C_FILES := $(wildcard csrc/*.[ch] tests/drivers/*.[ch] benchmarks/*.[ch])
+CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability \
+	--inline-suppr --error-exitcode=1
+BPF_FILES := $(wildcard tracers/bpf/*.[ch])
+
+.PHONY: live test setup setup-test setup-bench lint bench clean
+
+live: setup
+	@.ci/as-root $(BIN)/rsplice live
+
+setup:
+	@.ci/setup.sh run
+
+setup-test:
+	@.ci/setup.sh test
+
+setup-bench:
+	@.ci/setup.sh bench
+
+# CI: hypothesis then takes the same examples every time and keeps no database.
+test: lint
+	@.ci/as-root env CI=true PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -p no:cacheprovider
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(C_FILES)$(BPF_FILES),$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(BPF_FILES))
+	$(if $(C_FILES),$(CPPCHECK) $(C_FILES))
+
+bench: setup-bench
+	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find rsplice tracers dashboards tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

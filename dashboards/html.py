@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The report of an audit as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+
+from rsplice.audit import DISPOSITIONS, Audit, Counts, Finding, Path, Process
+from rsplice.dashboards import phrases
+from rsplice.dashboards.text import command_line, sanitise
+
+_COLORS = {
+    "copied": "#d9534f",
+    "shared": "#3c9d5b",
+    "moved": "#2f7fb8",
+    "direct": "#5b6fc0",
+    "remapped": "#7d55a8",
+    "discarded": "#9aa0a6",
+    "unknown": "#e0a030",
+}
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
+       color: #222; background: #fff; }
+h1 { font-size: 1.3em; overflow-wrap: anywhere; } h2 { font-size: 1.1em; margin-top: 2em; }
+.totals { font-size: 1.15em; font-weight: 600; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: right; padding: .3em .6em; border-top: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.why { color: #555; font-size: .92em; }
+.bar { display: flex; height: .5em; margin-top: .3em; background: #eee; }
+.key i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }
+.violation { color: #b02a26; font-weight: 600; } .hazard { color: #946200; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181a1b; } .why { color: #aaa; }
+  th, td { border-color: #444; } .bar { background: #333; } .violation { color: #ff8078; }
+  .hazard { color: #e6b450; } }
+"""
+_HEADINGS = ("Operations", "Payload", "Copied", "Copies per byte", "Evidence")
+
+
+def render_html(audit: Audit) -> str:
+    """The page; nothing in it is loaded from elsewhere, and nothing in it can run."""
+    body = "\n".join(_body(audit))
+    title = _safe(f"rsplice: {command_line(audit.command)}")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _body(audit: Audit) -> Iterator[str]:
+    totals, lost = audit.totals, audit.accuracy.events_lost
+    yield f"<h1>{_safe(command_line(audit.command) or 'rsplice')}</h1>"
+    yield f"<p>{_safe(_run(audit))}</p>"
+    yield f'<p class="totals">{_safe(phrases.totals(totals, lost))}</p>'
+    yield _bar(totals) + _key()
+    yield "<h2>Paths</h2>" + _table("Path", map(_path_row, audit.paths))
+    if audit.findings:
+        yield "<h2>Findings</h2>"
+        yield from map(_finding, phrases.by_kind(audit.findings))
+    if len(audit.processes) > 1:
+        yield "<h2>Processes</h2>" + _table("Process", map(_process_row, audit.processes))
+    yield f"<h2>Pages</h2><p>{_safe(phrases.page_tables(audit.pages))}<br>"
+    yield f"{_safe(phrases.page_cache(audit.pages))}</p>"
+    yield f"<h2>Accuracy</h2><p>{_safe(phrases.accuracy(audit.accuracy))}</p>"
+
+
+def _safe(text: str) -> str:
+    return escape(sanitise(text))
+
+
+def _run(audit: Audit) -> str:
+    status = "" if audit.exit_status is None else f"exit status {audit.exit_status}, "
+    where = " in a VM" if audit.kernel_where == "vm" else ""
+    return f"{status}{phrases.duration(audit.duration_s)}, Linux {audit.kernel_release}{where}"
+
+
+def _table(name: str, rows: Iterable[str]) -> str:
+    headings = "".join(f"<th>{heading}</th>" for heading in (name, *_HEADINGS))
+    return f"<table><tr>{headings}</tr>{''.join(rows)}</table>"
+
+
+def _path_row(path: Path) -> str:
+    notes = "<br>".join(
+        _safe(note) for note in (phrases.dispositions(path.counts), path.why) if note
+    )
+    why = f'<div class="why">{notes}</div>'
+    return _row(_safe(path.name) + why + _bar(path.counts), path.counts)
+
+
+def _process_row(process: Process) -> str:
+    pages = f"{phrases.page_tables(process.pages)}; {phrases.page_cache(process.pages)}"
+    name = _safe(phrases.process_name(process))
+    return _row(f'{name}<div class="why">{_safe(pages)}</div>', process.counts)
+
+
+def _row(name: str, counts: Counts) -> str:
+    cells: Sequence[tuple[str, str]] = (
+        (str(counts.operations), ""),
+        (phrases.size(counts.payload_bytes), f"{counts.payload_bytes} bytes"),
+        (phrases.copied(counts), f"{counts.copy_bytes} bytes seen"),
+        (phrases.copies_per_byte(counts), ""),
+        (counts.evidence.word, ""),
+    )
+    tds = "".join(f'<td title="{_safe(exact)}">{_safe(text)}</td>' for text, exact in cells)
+    return f"<tr><td>{name}</td>{tds}</tr>"
+
+
+def _bar(counts: Counts) -> str:
+    """The dispositions of the payload, as wide as their shares."""
+    parts = (
+        f'<span title="{name} {getattr(counts, name)} bytes" '
+        f'style="flex: {getattr(counts, name)} 0 0; background: {color}"></span>'
+        for name, color in _COLORS.items()
+        if getattr(counts, name) > 0
+    )
+    return f'<div class="bar">{"".join(parts)}</div>'
+
+
+def _key() -> str:
+    items = (f'<i style="background: {_COLORS[name]}"></i>{name}' for name in DISPOSITIONS)
+    return f'<p class="key">{"".join(items)}</p>'
+
+
+def _finding(found: Finding) -> str:
+    kind = found.kind if found.kind in ("violation", "hazard") else "move"
+    notes = "<br>".join(_safe(note) for note in (phrases.first_seen(found), found.advice) if note)
+    return f'<p><span class="{kind}">{_safe(phrases.finding(found))}</span><br>{notes}</p>'

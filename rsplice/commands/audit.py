@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Runs CMD, follows it and all of its descendants, and when they have ended says how many
+bytes their reads, writes, splices and sends copied, how many copies were avoided, and why.
+The report goes to standard error; CMD's own output is left alone.
+
+EXAMPLES
+  rsplice audit -- cp a b                     one command
+  rsplice audit --json - -- nginx -g 'daemon off;' | jq .totals
+  rsplice audit -p 4711 --duration 10         a running process, for ten seconds
+  rsplice audit --all --duration 5            the whole machine
+  rsplice audit --fail-on 'copied>0' -- ./relay   exit status 120 if anything is copied
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+
+from rsplice.audit import Audit
+from rsplice.commands.options import add_targets, open_session, seconds
+from rsplice.errors import EXIT_FAIL_ON, RspliceError
+from rsplice.limits import Limit, parse_limit
+from rsplice.session import Interrupted, Session, passing_signals
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``rsplice audit``."""
+    parser.add_argument("--json", metavar="FILE", help="write JSON ('-': standard output)")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained HTML page")
+    parser.add_argument("-o", dest="text", metavar="FILE", help="write the report to FILE")
+    parser.add_argument(
+        "--duration",
+        metavar="S",
+        type=seconds,
+        help="end after S seconds; a CMD that still runs then is sent SIGTERM",
+    )
+    parser.add_argument(
+        "--interval", metavar="S", type=seconds, help="print the counts so far every S seconds"
+    )
+    parser.add_argument(
+        "--fail-on",
+        metavar="EXPR",
+        action="append",
+        default=[],
+        help="exit with 120 if EXPR holds, e.g. 'copied>10MiB', 'lost>0', violation; repeatable",
+    )
+    parser.add_argument("-q", dest="quiet", action="store_true", help="no report on standard error")
+    parser.add_argument(
+        "-v", dest="verbose", action="store_true", help="say what is attached, and when"
+    )
+    add_targets(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audits, reports; the exit status is the command's unless something failed."""
+    limits = [parse_limit(text) for text in args.fail_on]
+    for path in (args.json, args.html, args.text):
+        _check_writable(path)
+    begun = time.monotonic()
+    with open_session(args) as session:
+        if args.verbose:
+            _say_attached(session, time.monotonic() - begun)
+        with contextlib.suppress(Interrupted), passing_signals(session):
+            session.start()
+            _follow(session, args)
+        session.stop()
+        audit = session.snapshot()
+        if session.command and session.command.status is None:
+            audit.exit_status = session.command.end()
+    return _report(audit, args, limits)
+
+
+def _follow(session: Session, args: argparse.Namespace) -> None:
+    """Waits for the end, printing on the way what was asked for."""
+    end = time.monotonic() + args.duration if args.duration else None
+    told = False
+    while session.running:
+        now = time.monotonic()
+        if end is not None and now >= end:
+            if session.command:
+                session.command.send(signal.SIGTERM)
+            return
+        step = args.interval or 1.0
+        session.wait(step if end is None else min(step, end - now))
+        if args.interval and session.running:
+            _say_so_far(session.snapshot())
+        command = session.command
+        if command and command.status is not None and not told and session.running:
+            told = True
+            count = len(session.tracer.alive())
+            _say(f"{command.argv[0]} has ended; following {count} of its descendants (Ctrl-C ends)")
+
+
+def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
+    from rsplice.dashboards.report import print_report
+
+    failure: RspliceError | None = None
+    to_stderr = not (args.quiet or args.text or args.json == "-")
+    for path, render in (
+        (args.json, _as_json),
+        (args.html, _as_html),
+        (args.text, _as_text),
+    ):
+        if path is None:
+            continue
+        try:
+            _write(path, render(audit))
+        except OSError as error:
+            # The run cannot be repeated: what could not be kept is at least shown.
+            failure = RspliceError(
+                f"cannot write {path}: {error.strerror}; the report follows here"
+            )
+            to_stderr = True
+    if to_stderr:
+        print_report(audit, sys.stderr)
+    if failure:
+        raise failure
+    held = [sentence for sentence in (limit.holds(audit) for limit in limits) if sentence]
+    for sentence in held:
+        _say(sentence)
+    if held:
+        return EXIT_FAIL_ON
+    return audit.exit_status or 0
+
+
+def _as_json(audit: Audit) -> str:
+    return json.dumps(audit.to_json(), indent=1) + "\n"
+
+
+def _as_html(audit: Audit) -> str:
+    from rsplice.dashboards.html import render_html
+
+    return render_html(audit)
+
+
+def _as_text(audit: Audit) -> str:
+    import io
+
+    from rsplice.dashboards.report import print_report
+
+    text = io.StringIO()
+    print_report(audit, text, color=False)
+    return text.getvalue()
+
+
+def _check_writable(path: str | None) -> None:
+    """Fails before the command runs where its report could not be kept."""
+    if path is None or path == "-":
+        return
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        raise RspliceError(f"cannot write {path}: it is a directory")
+    if not os.path.isdir(folder):
+        raise RspliceError(f"cannot write {path}: there is no directory {folder}")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise RspliceError(f"cannot write {path}: permission denied")
+
+
+def _write(path: str, text: str) -> None:
+    """Writes a report whole or not at all. OSError if that fails."""
+    if path == "-":
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Who reads the report has read enough: the command's status still counts.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w") as device:
+            device.write(text)
+        return
+    fd, temporary = tempfile.mkstemp(".tmp", ".rsplice-", os.path.dirname(path) or ".")
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _say(sentence: str) -> None:
+    from rsplice.dashboards.text import sanitise
+
+    with contextlib.suppress(OSError):
+        print(f"rsplice: {sanitise(sentence)}", file=sys.stderr, flush=True)
+
+
+def _say_attached(session: Session, took: float) -> None:
+    tracer = session.tracer
+    _say(f"{len(tracer.attached)} probes attached after {took:.2f} s: {', '.join(tracer.attached)}")
+    for missing in tracer.missing:
+        _say(f"not attached: {missing.probe}: {missing.reason} ({missing.cost})")
+
+
+def _say_so_far(audit: Audit) -> None:
+    from rsplice.dashboards.live import LiveView
+
+    view = LiveView()
+    view.feed(audit, audit.duration_s)
+    with contextlib.suppress(OSError):
+        print(view.block(), file=sys.stderr, flush=True)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Says what this kernel, these privileges and this installation can see, what is missing, why,
+what that costs, and how to get it. Exit status 0 if programs can be audited here, else 1.
+
+EXAMPLES
+  rsplice doctor           one line for each thing
+  rsplice doctor --json    the same for programs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+
+from rsplice.errors import RspliceError
+from rsplice.tracers import capability, layout
+from rsplice.tracers.btf import RUNNING, Btf
+from rsplice.tracers.tracer import PROBES, Tracer
+
+
+@dataclass
+class Check:
+    """One thing looked at.
+
+    :param state: "ok" or "missing"
+    :param cost: what cannot be told without it
+    """
+
+    name: str
+    state: str
+    detail: str
+    cost: str = ""
+
+
+@dataclass
+class Diagnosis:
+    """All that was looked at, and what follows."""
+
+    kernel: str
+    checks: list[Check] = field(default_factory=list)
+    can: list[str] = field(default_factory=list)
+    cannot: list[str] = field(default_factory=list)
+
+    @property
+    def works(self) -> bool:
+        return bool(self.can)
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``rsplice doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Looks, and prints."""
+    diagnosis = diagnose()
+    if args.json:
+        json.dump(asdict(diagnosis), sys.stdout, indent=1)
+        print()
+    else:
+        _print(diagnosis)
+    return 0 if diagnosis.works else 1
+
+
+def diagnose() -> Diagnosis:
+    """Tries everything that an audit needs, and takes it away again."""
+    found = Diagnosis(os.uname().release)
+    checks = found.checks
+    checks.append(_check_btf())
+    checks.append(_check_privilege())
+    checks.append(_check_bcc())
+    try:
+        if why_not := capability.reason():
+            raise RspliceError(why_not)
+        tracer = Tracer()
+    except RspliceError as error:
+        checks += [Check(p.tracepoint, "missing", "not tried", p.cost) for p in PROBES]
+        found.cannot.append(f"nothing can be audited: {error}")
+        return found
+    tracer.close()
+    missing = {m.probe: m for m in tracer.missing}
+    for probe in PROBES:
+        gone = missing.get(probe.tracepoint)
+        checks.append(
+            Check(probe.tracepoint, "missing", gone.reason, gone.cost)
+            if gone
+            else Check(probe.tracepoint, "ok", "attached")
+        )
+    how = "direct loads" if tracer.direct else "bpf_probe_read_kernel (slower: needs Linux 6.2)"
+    checks.append(Check("memory reads", "ok", how))
+    _conclude(found, set(missing))
+    return found
+
+
+def _check_btf() -> Check:
+    try:
+        resolved = layout.resolve(Btf())
+    except RspliceError as error:
+        return Check("BTF", "missing", str(error), "nothing can be traced")
+    if not resolved.missing:
+        return Check("BTF", "ok", f"{RUNNING}, all fields found")
+    lacking = "; ".join(f"{why} ({layout.FEATURES[f]})" for f, why in resolved.missing.items())
+    return Check("BTF", "ok", f"{RUNNING}, but {lacking}")
+
+
+def _check_privilege() -> Check:
+    lacking = capability.missing_capabilities()
+    if lacking:
+        fix = f"{' and '.join(lacking)} missing: run as root, or grant them"
+        return Check("BPF privilege", "missing", fix, "nothing can be traced")
+    return Check("BPF privilege", "ok", "CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON")
+
+
+def _check_bcc() -> Check:
+    try:
+        import bcc
+    except ImportError:
+        fix = "install python3-bpfcc (Debian, Ubuntu) or python3-bcc (Fedora)"
+        return Check("BCC", "missing", fix, "nothing can be traced")
+    if not hasattr(bcc, "BPF"):
+        fix = "this is PyPI's bcc, another package: remove it and install python3-bpfcc"
+        return Check("BCC", "missing", fix, "nothing can be traced")
+    return Check("BCC", "ok", f"version {getattr(bcc, '__version__', 'unknown')}")
+
+
+def _conclude(found: Diagnosis, missing: set[str]) -> None:
+    """What can and what cannot be told here."""
+    found.can.append("which calls carry how many bytes between which ends, per process")
+    for probes, sentence in (
+        ({"net_dev_start_xmit"}, "whether sendfile and splice send page-cache pages"),
+        ({"skb_copy_datagram_iovec"}, "measured copies out of socket buffers"),
+        ({"fuse_request_send", "fuse_request_end"}, "which pages a FUSE reply moves"),
+        ({"io_uring_complete", "io_uring_submit_req"}, "io_uring operations"),
+        ({"mm_filemap_add_to_page_cache"}, "page-cache inserts"),
+        ({"mm_filemap_map_pages", "page_fault_user"}, "page-table references"),
+    ):
+        (found.cannot if probes & missing else found.can).append(sentence)
+    found.cannot.append(
+        "copies at the kernel's copying functions: reads and writes of files are inferred"
+    )
+
+
+def _print(found: Diagnosis) -> None:
+    from rsplice.dashboards.text import sanitise
+
+    print(f"rsplice doctor: Linux {sanitise(found.kernel)}")
+    for check in found.checks:
+        cost = f" -> {check.cost}" if check.cost else ""
+        print(f"  {check.state:8} {check.name:30} {sanitise(check.detail)}{cost}")
+    for heading, sentences in (("can tell", found.can), ("cannot tell", found.cannot)):
+        for sentence in sentences:
+            print(f"{heading}: {sanitise(sentence)}")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Shows copies, and copies avoided, as they happen: of CMD, of running processes, of the machine,
+or with no arguments of a built-in workload. Leaving it prints the audit.
+
+Keys: q quit, p pause, s sort, tab view (paths, processes, findings), ? help.
+What CMD prints is kept out of the picture and shown at the end; its standard input is /dev/null.
+Without the privilege for BPF the built-in workload is played from a recording.
+
+EXAMPLES
+  rsplice live                     the built-in workload
+  rsplice live -- rsync -a a/ b    a command
+  rsplice live -p 4711             a running process
+  rsplice live --all               the whole machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from rsplice.audit import Audit
+from rsplice.commands.options import add_targets, open_session, seconds
+from rsplice.tracers.capability import reason
+
+DEMO = [sys.executable, "-m", "rsplice", "workload", "mixed"]
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``rsplice live``."""
+    parser.add_argument(
+        "--interval", metavar="S", type=seconds, default=1.0, help="seconds between two screens"
+    )
+    add_targets(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the dashboard, then prints what the command printed, and the report."""
+    from rich.console import Console
+
+    from rsplice.dashboards.live import run_live
+    from rsplice.dashboards.report import print_report
+
+    demo = not (args.command or args.pids or args.everything)
+    why_not = reason()
+    if demo and why_not:
+        return _play_recording(why_not)
+    if demo:
+        args.command = DEMO
+    with tempfile.TemporaryFile() as kept:
+        with open_session(args, kept.fileno()) as session:
+            session.start()
+            last = run_live(session, Console(), interval=args.interval)
+            if session.command and session.command.wait(0) is None:
+                session.command.end()
+            session.stop()
+            last = session.snapshot()
+        _show_kept(kept)
+    print_report(last, sys.stdout)
+    return _status(last, demo)
+
+
+def _status(audit: Audit, demo: bool) -> int:
+    """The command's exit status; that of the demo, which q ends, is nobody's business."""
+    return 0 if demo else audit.exit_status or 0
+
+
+def _show_kept(kept: IO[bytes]) -> None:
+    """Prints what the command printed, as it would have."""
+    sys.stdout.flush()
+    kept.seek(0)
+    while block := kept.read(1 << 16):
+        sys.stdout.buffer.write(block)
+    sys.stdout.buffer.flush()
+
+
+def _play_recording(why_not: str) -> int:
+    from rich.console import Console
+
+    from rsplice import dashboards
+    from rsplice.dashboards.live import run_live
+    from rsplice.dashboards.report import print_report
+    from rsplice.recording import Recording
+
+    print(f"rsplice: {why_not}; playing a recording of the demo", file=sys.stderr)
+    recording = Recording(str(Path(dashboards.__file__).parent / "demo.jsonl"))
+    run_live(recording, Console(), recorded=True)
+    print_report(recording.final, sys.stdout, recorded=True)
+    return 0

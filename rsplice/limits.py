@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""Limits on an audit as a person writes them: ``copied>10MiB``, ``violation:double-owner``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from rsplice.audit import Audit
+from rsplice.dashboards import phrases
+from rsplice.dashboards.text import sanitise
+from rsplice.errors import RspliceError
+
+#: The names of the findings, by kind.
+FINDINGS = {
+    "violation": (
+        "published-while-mapped",
+        "published-while-referenced",
+        "published-activated",
+        "double-owner",
+        "merge-flag-on-page-cache",
+        "shared-frag-lost",
+        "cache-differs-from-disk",
+        "stale-content-exposed",
+        "leaked",
+    ),
+    "hazard": ("changed-in-flight", "truncated-in-flight", "gift-still-mapped", "stranded"),
+    "missed-move": ("steal-refused",),
+}
+
+_FORMS = (
+    "copied>10MiB, copies_per_byte>1.0, unknown>0, lost>0, "
+    "violation, violation:NAME, hazard, missed-move"
+)
+_COMPARE: dict[str, Callable[[Fraction, Fraction], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
+_AMOUNT = re.compile(r"(copied|copies_per_byte|unknown|lost)\s*(>=|<=|==|>|<)\s*(.*)")
+
+
+class Limit(ABC):
+    """A condition on an audit."""
+
+    @abstractmethod
+    def holds(self, audit: Audit) -> str | None:
+        """A sentence that says what held, or None."""
+
+
+def parse_limit(text: str) -> Limit:
+    """The limit that *text* writes down.
+
+    :raises RspliceError: it is none; the message names the accepted forms
+    """
+    stripped = text.strip()
+    kind, colon, name = stripped.partition(":")
+    if kind in FINDINGS and (not colon or name in FINDINGS[kind]):
+        return _FindingLimit(stripped, kind, name)
+    if kind in FINDINGS:
+        known = ", ".join(FINDINGS[kind])
+        raise RspliceError(f"--fail-on {sanitise(text)!r}: no such {kind}; there are {known}")
+    if (match := _AMOUNT.fullmatch(stripped)) and (bound := _bound(match[1], match[3])) is not None:
+        return _AmountLimit(stripped, match[1], match[2], bound)
+    raise RspliceError(f"--fail-on {sanitise(text)!r} is none of {_FORMS}")
+
+
+def parse_size(text: str) -> Fraction | None:
+    """The bytes of "24 MB", "1.5GiB" or "0"; None if *text* is no size.
+
+    Units are B, KiB, MiB, GiB and kB, MB, GB, in any case.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        return None
+    return Fraction(match[1]) * _UNITS[match[2].lower()]
+
+
+def _bound(subject: str, text: str) -> Fraction | None:
+    """What *subject* is compared with: a size, or for counts and ratios a plain number."""
+    plain = subject in ("copies_per_byte", "lost")
+    return None if plain and not text.replace(".", "", 1).isdecimal() else parse_size(text)
+
+
+@dataclass(frozen=True)
+class _AmountLimit(Limit):
+    text: str
+    subject: str
+    comparator: str
+    bound: Fraction
+
+    def holds(self, audit: Audit) -> str | None:
+        value, sentence = _amount(self.subject, audit)
+        return f"{self.text}: {sentence}" if _COMPARE[self.comparator](value, self.bound) else None
+
+
+def _amount(subject: str, audit: Audit) -> tuple[Fraction, str]:
+    totals = audit.totals
+    if subject == "lost":
+        lost = audit.accuracy.events_lost
+        return Fraction(lost), f"{phrases.plural(lost, 'event')} lost"
+    if subject == "copies_per_byte":
+        value = Fraction(totals.copy_bytes, totals.payload_bytes or 1)
+        carried = phrases.plural(totals.payload_bytes, "byte")
+        return value, f"{phrases.plural(totals.copy_bytes, 'byte')} copied for {carried} carried"
+    nbytes = totals.copy_bytes if subject == "copied" else audit.accuracy.unknown_bytes
+    return Fraction(nbytes), f"{phrases.plural(nbytes, 'byte')} {subject}"
+
+
+@dataclass(frozen=True)
+class _FindingLimit(Limit):
+    text: str
+    kind: str
+    name: str  #: "" for any
+
+    def holds(self, audit: Audit) -> str | None:
+        for found in audit.findings:
+            if found.kind.replace(" ", "-") == self.kind and self.name in ("", found.name):
+                return f"{self.text}: {phrases.finding(found)}"
+        return None

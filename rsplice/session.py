@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""One run of the probes: who is followed, for how long, and the audit so far."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from rsplice.audit import Accuracy, Audit
+from rsplice.errors import RspliceError
+from rsplice.launch import Command
+from rsplice.ledger import Ledger
+from rsplice.tracers.capability import reason
+from rsplice.tracers.tracer import Tracer
+
+#: How often, in seconds, it is looked whether descendants of an ended command go on.
+_LINGER = 0.05
+
+
+class Session:
+    """Probes on a command, on running processes or on the whole machine; a source of snapshots.
+
+    Use as a context manager: leaving it detaches every probe, and ends a command that was
+    started for it and still runs.
+
+    :param argv: the command to run and follow, with all its descendants
+    :param pids: running processes to follow, with the children they make from now on
+    :param everything: follow every process of the machine
+    :param identity: how many calls have their pages compared: "all", "sample", "off"
+    :param user: who the command runs as
+    :param output: descriptor for the command's standard output and error
+    :raises RspliceError: no privilege, no such pid, no such command, ...
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str] = (),
+        pids: Sequence[int] = (),
+        everything: bool = False,
+        identity: str = "all",
+        user: str | None = None,
+        output: int | None = None,
+    ) -> None:
+        why_not = reason()
+        if why_not:
+            raise RspliceError(why_not)
+        self.command = Command(argv, user, output) if argv else None
+        self._everything = everything
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._last: Audit | None = None
+        try:
+            self.tracer = Tracer(identity, everything)
+            for pid in pids:
+                self.tracer.follow(pid)
+        except BaseException:
+            if self.command:
+                self.command.end()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tracer.close()
+        if self.command:
+            self.command.end()
+
+    def start(self) -> None:
+        """Starts the clock, and the command if there is one."""
+        self._started = time.monotonic()
+        if self.command:
+            self.tracer.follow(self.command.pid)
+            self.command.release()
+
+    @property
+    def running(self) -> bool:
+        """Whether anybody who is followed is still there."""
+        if self.command:
+            self.command.wait(0)
+        return self._everything or bool(self.tracer.alive())
+
+    def wait(self, seconds: float) -> None:
+        """Waits until *seconds* have passed, nobody is left, or a signal came."""
+        deadline = time.monotonic() + seconds
+        while self.running:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            if self.command and self.command.status is None:
+                if select.select([self.command.fd], [], [], left)[0]:
+                    self.command.wait()
+            else:
+                time.sleep(min(left, _LINGER))
+
+    def stop(self) -> None:
+        """Reads the counters for the last time and detaches every probe."""
+        if self._last is None:
+            self._last = self._read()
+            self.tracer.close()
+
+    def snapshot(self) -> Audit:
+        """The audit so far; after stop() the last one, with the command's exit status."""
+        audit = self._last or self._read()
+        audit.exit_status = self.command.status if self.command else None
+        return audit
+
+    def _read(self) -> Audit:
+        reading = self.tracer.read()
+        ledger = Ledger(kernel_version())
+        for tally in reading.tallies:
+            ledger.add(tally)
+        for process in reading.processes:
+            ledger.see(process)
+        accuracy = Accuracy(
+            list(self.tracer.attached),
+            list(self.tracer.missing),
+            reading.events_lost,
+            identity=self.tracer.identity,
+        )
+        return ledger.audit(
+            command=self.command.argv if self.command else [],
+            duration_s=time.monotonic() - self._started,
+            kernel_release=os.uname().release,
+            accuracy=accuracy,
+        )
+
+
+def kernel_version(release: str | None = None) -> tuple[int, int]:
+    """(major, minor) of a release such as "6.18.44-amd64", by default the running kernel's."""
+    found = re.match(r"(\d+)\.(\d+)", release or os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+class Interrupted(Exception):
+    """A signal asked to end the tracing."""
+
+
+@contextmanager
+def passing_signals(session: Session) -> Iterator[None]:
+    """While a command runs, the signals that would end rsplice are the command's.
+
+    SIGTERM and SIGHUP are passed on; Ctrl-C the terminal has sent to it already. A second Ctrl-C
+    or SIGTERM, after the command itself has ended, ends the waiting for its descendants. Without
+    a command, each of them ends the tracing: Interrupted is raised.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        command = session.command
+        if command is None or command.wait(0) is not None:
+            raise Interrupted
+        if number != signal.SIGINT:
+            command.send(number)
+
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle):
+        yield
+
+
+@contextmanager
+def handling(
+    numbers: Sequence[int], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Has *handler* called for the signals *numbers*, and puts back what was before."""
+    before = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)

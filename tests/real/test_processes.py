@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""Who is followed: children, threads, exec'd images, reused pids, running processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.attached import wait_for_command, wait_until_attached
+from tests.support.run import Driver, Running, audit, own_count
+
+pytestmark = pytest.mark.privileged
+
+READ = ("read", "ext4", "user memory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ("fork -n 1009 -s 1", 1009),
+        ("fork-chain -n 97 -s 7", 97),
+        ("vfork -n 101 -s 7", 101),
+        ("threads -n 103 -s 7", 103),
+        ("orphan -n 23 -s 7", 23),
+        ("exec -n 23 -s 7", 23),
+    ],
+)
+def test_descendants_are_followed(driver: Driver, ext4: Path, arguments: str, count: int) -> None:
+    result, own = driver.audit(ext4, *arguments.split())
+    assert own[READ][0] == count
+    assert result.counts() == own
+    assert result.json["totals"]["operations"] == count
+    assert result.json["accuracy"]["events_lost"] == 0
+
+
+def test_each_child_is_a_process_of_its_own_and_threads_are_not(driver: Driver, ext4: Path) -> None:
+    forked, _ = driver.audit(ext4, "fork", "-n", "23")
+    threaded, _ = driver.audit(ext4, "threads", "-n", "23")
+    assert [p["paths"][0]["operations"] for p in forked.json["processes"] if p["paths"]] == [1] * 23
+    assert [p["paths"][0]["operations"] for p in threaded.json["processes"] if p["paths"]] == [23]
+
+
+def test_a_reused_pid_is_another_process(driver: Driver, ext4: Path) -> None:
+    result, own = driver.audit(ext4, "pid-reuse", "-n", "23")
+    reused = [p for p in result.json["processes"] if p["comm"].startswith("reuse-")]
+    assert result.counts() == own
+    assert len({p["pid"] for p in reused}) == 1
+    assert sorted(p["comm"] for p in reused) == sorted(f"reuse-{i}" for i in range(23))
+    assert all(p["paths"][0]["operations"] == 1 for p in reused)
+
+
+def test_running_process_is_followed_from_now_on(
+    driver: Driver, ext4: Path, tmp_path: Path
+) -> None:
+    """-p: the driver waits until the audit is attached; its children are followed too."""
+    report = tmp_path / "report.json"
+    command = driver.command(report, ext4, "fork", "-n", "23", "-W")
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
+        assert waiting.stdin
+        running = Running([], "-p", str(waiting.pid))
+        wait_until_attached(running.pid)
+        waiting.stdin.close()
+        result = running.finish()
+    assert result.status == 0
+    assert result.counts() == own_count(report)
+    assert result.json["exit_status"] is None
+
+
+def test_other_processes_are_not_counted(driver: Driver, ext4: Path, tmp_path: Path) -> None:
+    """The twin of -p: what runs meanwhile, and is no descendant, stays out."""
+    outside = driver.command(tmp_path / "outside.json", ext4, "read", "-n", "1009")
+    running = Running(["sleep", "60"])
+    sleeper = wait_for_command(running.pid, "sleep")
+    subprocess.run(outside, check=True)
+    os.kill(sleeper, signal.SIGTERM)
+    assert ("read", "ext4", "user memory") in own_count(tmp_path / "outside.json")
+    operations = sum(n for n, _ in running.finish().counts().values())
+    assert operations < 100
+
+
+def test_duration_ends_an_audit_of_a_running_process(sleeper: subprocess.Popen[bytes]) -> None:
+    result = audit([], "-p", str(sleeper.pid), "--duration", "0.5")
+    assert sleeper.poll() is None
+    assert result.status == 0
+    assert result.json["totals"]["operations"] == 0
+
+
+def test_32_bit_process_is_counted_as_unknown(compat32: Path, ext4: Path) -> None:
+    source = ext4 / "compat"
+    source.write_bytes(b"x" * 23 * 4096)
+    with source.open("rb") as stdin:
+        result = audit([compat32], stdin=stdin)
+    assert result.status == 0
+    totals = result.json["totals"]
+    assert (totals["operations"], totals["unknown"]) == (23, 23 * 4096)
+    assert totals["payload_bytes"] == totals["unknown"] == totals["copied"] + 23 * 4096
+    assert result.json["accuracy"]["unknown_bytes"] == 23 * 4096
+
+
+def test_32_bit_call_from_64_bit_code_is_counted_as_unknown(driver: Driver, ext4: Path) -> None:
+    result, own = driver.audit(ext4, "int80")
+    totals = result.json["totals"]
+    assert totals["operations"] == own[READ][0] == 23
+    assert totals["unknown"] == totals["payload_bytes"] == own[READ][1]
+
+
+def test_64_bit_calls_have_nothing_unknown(driver: Driver, ext4: Path) -> None:
+    """The twin of the two tests above."""
+    result, own = driver.audit(ext4, "read")
+    assert result.counts() == own
+    assert result.json["totals"]["unknown"] == 0
+
+
+def test_page_faults_and_fault_around(driver: Driver, ext4: Path) -> None:
+    """23 touches in 23 windows of 64 KiB: as many faults, and more pages than faults."""
+    mapped, _ = driver.audit(ext4, "mmap", "-n", "23")
+    idle, _ = driver.audit(ext4, "read", "-n", "1", "-s", "1")
+    faults = mapped.json["page_tables"]["faults"] - idle.json["page_tables"]["faults"]
+    pages = mapped.json["page_tables"]["mapped_pages"] - idle.json["page_tables"]["mapped_pages"]
+    assert faults >= 23
+    # The rest of two runs is not alike to the page.
+    assert pages > 22 * 16
+
+
+def test_page_cache_inserts(ext4: Path, driver: Driver) -> None:
+    """A cold file of 23 pages comes in once; read again, nothing comes in."""
+    source = ext4 / "cold"
+    source.write_bytes(b"x" * 23 * 4096)
+    with source.open("rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    cold = audit(["cat", source])
+    warm = audit(["cat", source])
+    inserted = cold.json["page_cache"]["inserted_pages"] - warm.json["page_cache"]["inserted_pages"]
+    assert inserted == 23

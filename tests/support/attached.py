@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""What of BPF a process holds: how tests know that an audit is attached, and that nothing stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+_SECONDS = 20
+
+
+def descriptors_of(pid: int) -> list[str]:
+    """The descriptors of *pid* that hold BPF objects or perf events."""
+    held = []
+    directory = Path(f"/proc/{pid}/fd")
+    for fd in os.listdir(directory):
+        try:
+            target = os.readlink(directory / fd)
+        except OSError:
+            continue
+        if target.startswith(("anon_inode:bpf", "anon_inode:[bpf", "anon_inode:[perf_event]")):
+            held.append(fd)
+    return held
+
+
+def programs_of(pid: int) -> set[int]:
+    """The ids of the BPF programs that process *pid* holds."""
+    ids = set()
+    for fd in descriptors_of(pid):
+        try:
+            text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        except OSError:
+            continue
+        ids |= {int(n) for n in re.findall(r"^prog_id:\s*(\d+)$", text, re.MULTILINE)}
+    return ids
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of the main thread and of all others of *pid*."""
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children += [int(n) for n in (task / "children").read_text().split()]
+    return children
+
+
+def wait_until_attached(pid: int) -> None:
+    """Returns when rsplice, process *pid*, holds programs and has taken no more for half a second.
+
+    AssertionError if it ends before.
+    """
+    until = time.monotonic() + _SECONDS
+    held: list[str] = []
+    since = time.monotonic()
+    while not held or time.monotonic() - since < 0.5:
+        assert time.monotonic() < until, "the audit attached nothing"
+        now = descriptors_of(pid)
+        if now != held:
+            held, since = now, time.monotonic()
+        time.sleep(0.05)
+
+
+def wait_for_command(pid: int, comm: str) -> int:
+    """The pid of the audited command *comm*, a descendant of rsplice, once it has been exec'd."""
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until:
+        generation = [pid]
+        while generation:
+            generation = [child for parent in generation for child in _children(parent)]
+            for child in generation:
+                if _comm(child) == comm:
+                    return child
+        time.sleep(0.02)
+    raise AssertionError(f"{comm} was not started")
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return children_of(pid)
+    except OSError:
+        return []
+
+
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def _loaded(program: int) -> bool:
+    assert shutil.which("bpftool"), "not installed: bpftool"
+    shown = subprocess.run(["bpftool", "prog", "show", "id", str(program)], capture_output=True)
+    return shown.returncode == 0
+
+
+def wait_until_gone(programs: set[int]) -> None:
+    """Returns when the kernel has let go of *programs*; AssertionError if some stay."""
+    until = time.monotonic() + _SECONDS
+    while left := {p for p in programs if _loaded(p)}:
+        assert time.monotonic() < until, f"BPF programs stay loaded: {sorted(left)}"
+        time.sleep(0.1)

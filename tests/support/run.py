@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""Runs of rsplice, and what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RSPLICE = [sys.executable, "-m", "rsplice"]
+DEADLINE = 60  #: seconds after which a run is given up
+
+#: (via, source, destination) -> (operations, payload bytes)
+Counts = dict[tuple[str, str, str], tuple[int, int]]
+
+#: Operations of two legs: each half carries the payload.
+TWO_LEGS = frozenset({"sendfile", "copy_file_range"})
+
+File = IO[Any] | int | None
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment, in which programs read no locale files."""
+    return {**os.environ, "LC_ALL": "C", "COLUMNS": "80"}
+
+
+@dataclass
+class Result:
+    """One finished run of rsplice."""
+
+    status: int  #: exit status; -N when signal N killed rsplice itself
+    stdout: bytes
+    stderr: str
+    document: dict[str, Any] | None  #: of --json, None if nothing was written
+    without: str | None = None  #: the name of processes that paths() and counts() leave out
+
+    @property
+    def json(self) -> dict[str, Any]:
+        assert self.document is not None, f"no JSON was written: {self.stderr}"
+        return self.document
+
+    @property
+    def message(self) -> str:
+        """The only line on standard error: what a user reads when the input is bad."""
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, f"expected one line: {self.stderr!r}"
+        assert lines[0].startswith("rsplice: "), lines[0]
+        return lines[0]
+
+    def paths(self, comm: str | None = None) -> list[dict[str, Any]]:
+        """The paths of every process, or of those called *comm*, each by itself."""
+        return [
+            path
+            for process in self.json["processes"]
+            if process["comm"] != self.without and comm in (None, process["comm"])
+            for path in process["paths"]
+        ]
+
+    def path(self, source: str, destination: str, via: str) -> dict[str, Any]:
+        """The path of that name, of all processes; a clear failure if the audit has none."""
+        paths = self.paths()
+        found = [
+            p
+            for p in paths
+            if (p["source"], p["destination"], p["via"]) == (source, destination, via)
+        ]
+        names = {f"{p['source']} -> {p['destination']} via {p['via']}" for p in paths}
+        assert found, f"{source} -> {destination} via {via} not among {names}"
+        total = dict(found[0])
+        for other in found[1:]:
+            assert other["evidence"] == total["evidence"]
+            for name, value in other.items():
+                if isinstance(value, int):
+                    total[name] += value
+        return total
+
+    def counts(self, comm: str | None = None) -> Counts:
+        """Operations and payload of every process, or of those called *comm*."""
+        total: Counts = {}
+        for p in self.paths(comm):
+            key = (p["via"], p["source"], p["destination"])
+            operations, payload = total.get(key, (0, 0))
+            total[key] = (operations + p["operations"], payload + p["payload_bytes"])
+        return total
+
+
+class Running:
+    """An ``rsplice audit`` that runs; ``finish()`` waits for its end.
+
+    :param command: what is audited, [] with ``-p`` among the options
+    :param launcher: what is put in front of rsplice, such as unshare(1)
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str | bytes | Path],
+        *options: str,
+        launcher: Sequence[str] = (),
+        rsplice: Sequence[str] = RSPLICE,
+        stdin: File = subprocess.DEVNULL,
+        stdout: File = subprocess.PIPE,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        handle, name = tempfile.mkstemp(suffix=".json")
+        os.close(handle)
+        self._report = Path(name)
+        wanted = [] if "--json" in options else ["--json", name]
+        self.process = subprocess.Popen(
+            [
+                *launcher,
+                *rsplice,
+                "audit",
+                *wanted,
+                *options,
+                *(["--", *command] if command else []),
+            ],
+            cwd=ROOT,
+            env=environment() if env is None else env,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def finish(self) -> Result:
+        """Waits for the end and reads the report."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+        finally:
+            text = self._report.read_text()
+            self._report.unlink()
+        return Result(
+            self.process.returncode,
+            stdout or b"",
+            stderr.decode(errors="surrogateescape"),
+            json.loads(text) if text else None,
+        )
+
+    def stop(self, number: int = signal.SIGTERM) -> Result:
+        """Sends rsplice a signal, and finishes."""
+        self.process.send_signal(number)
+        return self.finish()
+
+
+def audit(command: Sequence[str | bytes | Path], *options: str, **how: Any) -> Result:
+    """Runs ``rsplice audit --json FILE OPTIONS -- COMMAND`` to its end; *how* as for Running."""
+    return Running(command, *options, **how).finish()
+
+
+@dataclass
+class Driver:
+    """The test driver: a static program that counts its own calls."""
+
+    program: Path
+
+    def command(self, report: Path, directory: Path, *arguments: str) -> list[str]:
+        return [str(self.program), *arguments, "-d", str(directory), "-o", str(report)]
+
+    def audit(
+        self, directory: Path, *arguments: str, options: Sequence[str] = (), **how: Any
+    ) -> tuple[Result, Counts]:
+        """Audits one run of the driver: the audit, and the driver's own count.
+
+        Skips the test where the kernel lacks what the driver was to do.
+        """
+        report = directory / "driver.json"
+        result = audit(self.command(report, directory, *arguments), *options, **how)
+        if result.status == 77:
+            pytest.skip(result.stderr.splitlines()[0])
+        assert result.status == 0, result.stderr
+        return result, own_count(report)
+
+
+def own_count(report: Path) -> Counts:
+    """What the driver says it did, with both legs of operations that have two."""
+    total: Counts = {}
+    for c in json.loads(report.read_text())["calls"]:
+        legs = 2 if c["via"] in TWO_LEGS else 1
+        total[c["via"], c["source"], c["destination"]] = (c["operations"], legs * c["bytes"])
+    return total

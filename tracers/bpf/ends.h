@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The two ends of a leg. An end is one word: a class in the top byte, or the address of the
+ * filesystem's struct file_system_type (its top byte is 0xff), with bit 0 set where the mount is
+ * the kernel's own (that is how a memfd differs from a file on a tmpfs).
+ */
+#define END(class, value) ((u64)(class) << 56 | (value))
+#define END_UNKNOWN	  END(1, 0)
+#define END_USER	  END(2, 0)
+#define END_PIPE	  END(3, 0)
+#define END_FIFO	  END(4, 0)
+#define END_CHAR(dev)	  END(5, dev)
+#define END_BLOCK	  END(6, 0)
+#define END_SOCKET(family, type, protocol)                                                         \
+	END(7, (u64)(family) << 40 | (u64)(type) << 32 | (protocol))
+#define END_IS_FILESYSTEM(end) ((end) >> 56 == 0xff)
+#define END_IS_SOCKET(end)     ((end) >> 56 == 7)
+#define END_IS_PIPE(end)       ((end) == END_PIPE || (end) == END_FIFO)
+
+#define S_IFMT	     0170000
+#define S_IFSOCK     0140000
+#define S_IFBLK	     0060000
+#define S_IFREG	     0100000
+#define S_IFCHR	     0020000
+#define S_IFIFO	     0010000
+#define O_DIRECT     040000
+#define FMODE_WRITE  2
+#define S_DAX	     (1 << 13)
+#define SB_KERNMOUNT (1 << 22)
+#define PIPEFS_MAGIC 0x50495045
+
+#define FUSE_DEVICE	(10 << 20 | 229)
+#define END_FUSE_DEVICE END_CHAR(FUSE_DEVICE)
+
+struct end {
+	u64 id;
+	u64 file;
+	u64 inode;
+	u32 direct;
+	u32 dax;
+};
+
+/* The struct file behind a descriptor of the current task, 0 if there is none. */
+static __always_inline u64 file_of(u64 task, u32 fd)
+{
+	u64 table = read64(read64(task + TASK_FILES) + FILES_FDT);
+
+	if (fd >= (u32)read32(table + FDT_MAX))
+		return 0;
+	return read64(read64(table + FDT_FD) + (u64)fd * 8);
+}
+
+static __always_inline u64 socket_end(u64 file)
+{
+	u64 sk = read64(read64(file + FILE_PRIVATE) + SOCKET_SK);
+
+	return END_SOCKET(read16(sk + SOCK_FAMILY), read16(sk + SOCK_TYPE),
+			  read16(sk + SOCK_PROTOCOL));
+}
+
+/* Stands for a file where an end is user memory. */
+#define USER_MEMORY 1
+
+static __always_inline void fill_end(struct end *end, u64 file)
+{
+	u64 sb;
+	u32 mode;
+
+	end->id = file == USER_MEMORY ? END_USER : END_UNKNOWN;
+	end->file = file;
+	end->direct = end->dax = 0;
+	if (file <= USER_MEMORY)
+		return;
+	end->inode = read64(file + FILE_INODE);
+	mode = read16(end->inode + INODE_MODE) & S_IFMT;
+	sb = read64(end->inode + INODE_SB);
+	if (mode == S_IFIFO) {
+		end->id = read64(sb + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
+		return;
+	}
+	if (mode == S_IFSOCK) {
+		end->id = socket_end(file);
+		return;
+	}
+	if (mode == S_IFCHR) {
+		end->id = END_CHAR((u32)read32(end->inode + INODE_RDEV));
+		return;
+	}
+	end->direct = (read32(file + FILE_FLAGS) & O_DIRECT) != 0;
+	if (mode == S_IFBLK) {
+		end->id = END_BLOCK;
+		return;
+	}
+	end->dax = (read32(end->inode + INODE_FLAGS) & S_DAX) != 0;
+	end->id = read64(sb + SB_TYPE) | ((read64(sb + SB_FLAGS) & SB_KERNMOUNT) != 0);
+}
+
+/* Keeps the name of a filesystem for the reader. Called once per new key. */
+static __always_inline void remember_name(u64 end)
+{
+	struct name name = {};
+	u64 type = end & ~1ULL;
+
+	if (!END_IS_FILESYSTEM(end))
+		return;
+	read_kernel_string(name.text, sizeof(name.text), (void *)read64(type + FSTYPE_NAME));
+	filesystem_names.update(&type, &name);
+}

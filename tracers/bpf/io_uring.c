@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * io_uring: counted at completion, wherever that runs, for the task that submitted.
+ * A completion that is not posted (IOSQE_CQE_SKIP_SUCCESS) is not seen: counted as lost.
+ */
+#if HAVE_IO_URING
+#define CQE_F_MORE	     2
+#define CQE_F_NOTIF	     8
+#define NOTIF_COPIED	     0x80000000u /* IORING_NOTIF_USAGE_ZC_COPIED */
+#define REPORT_USAGE	     8		 /* IORING_SEND_ZC_REPORT_USAGE */
+#define REQ_F_CQE_SKIP	     (1 << 6)
+#define SPLICE_F_FD_IN_FIXED (1U << 31)
+#define OP_SEND_ZC	     47
+#define OP_SENDMSG_ZC	     48
+#define OP_RECVMSG	     10
+#define OP_RECV		     27
+#define OP_READ_MULTISHOT    49
+#define OP_SPLICE	     30
+#define OP_TEE		     33
+
+/* Completions without a request (multishot, zero-copy notifications) name it by these. */
+struct uring_key {
+	u64 ctx;
+	u64 user_data;
+};
+
+struct uring_note {
+	u64 request;	    /* a multishot request that goes on */
+	u64 zerocopy_bytes; /* sent, and a notification is awaited */
+	struct key key;
+};
+BPF_TABLE("lru_hash", struct uring_key, struct uring_note, uring_notes, 10240);
+
+static __always_inline u64 submitter(u64 request)
+{
+	u64 task = read64(request + KIOCB_TASK);
+
+	return KIOCB_TASK_IS_TCTX ? read64(task + TCTX_TASK) : task;
+}
+
+/* splice and tee keep their input as a descriptor of the submitter; before 6.15 as a file. */
+static __always_inline u64 splice_source(u64 request, u64 task)
+{
+	u64 fd = read64(request + IO_SPLICE_FD_IN);
+
+	if (!IO_SPLICE_HAS_FD)
+		return fd;
+	if (read32(request + IO_SPLICE_FLAGS) & SPLICE_F_FD_IN_FIXED)
+		return 0;
+	return file_of(task, fd);
+}
+
+static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, u64 task,
+					    struct call *call)
+{
+	u64 file = read64(request + KIOCB_FILE), source = USER_MEMORY, destination = USER_MEMORY;
+
+	if (shape == SHAPE_READ || shape == SHAPE_RECVFROM || shape == SHAPE_RECVMSG)
+		source = file;
+	else
+		destination = file;
+	if (shape == SHAPE_SPLICE || shape == SHAPE_TEE)
+		source = splice_source(request, task);
+	fill_end(&call->source, source);
+	fill_end(&call->destination, destination);
+	/* send_zc does not ask for SO_ZEROCOPY. */
+	if (opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC)
+		call->flags = F_ZEROCOPY | zerocopy_device(sk_of(file));
+}
+
+int tp_io_uring_submit_req(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 0);
+	u32 opcode = read8(request + KIOCB_OPCODE);
+	struct uring_note note = {.request = request};
+	struct uring_key key;
+	u64 *entry;
+
+	entry = uring_table.lookup(&opcode);
+	if (!entry || !*entry || !current_process())
+		return 0;
+	if (read32(request + KIOCB_FLAGS) & REQ_F_CQE_SKIP)
+		count_lost(LOST_CQE_SKIPPED);
+	if (opcode != OP_RECV && opcode != OP_RECVMSG && opcode != OP_READ_MULTISHOT)
+		return 0;
+	key.ctx = read64(request + KIOCB_CTX);
+	key.user_data = read64(request + KIOCB_USER_DATA);
+	uring_notes.update(&key, &note);
+	return 0;
+}
+
+/* A zero-copy send's notification: the kernel's own word on what became of it. */
+static __always_inline void count_notification(struct uring_key *where, u32 usage)
+{
+	struct uring_note *note = uring_notes.lookup(where);
+	struct tally *tally;
+
+	if (!note || !note->zerocopy_bytes)
+		return;
+	tally = tally_of(&note->key);
+	if (tally && usage & NOTIF_COPIED)
+		tally->declared_copied += note->zerocopy_bytes;
+	else if (tally)
+		tally->declared_shared += note->zerocopy_bytes;
+	uring_notes.delete(where);
+}
+
+int tp_io_uring_complete(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 1), *entry, task, process;
+	struct call *call;
+	struct uring_note *found;
+	struct uring_key where;
+	struct tally *tally;
+	u32 opcode, shape, flags, tgid, zero = 0;
+	struct key key;
+	s32 result;
+
+	where.ctx = tracepoint_arg(ctx, 0);
+#if URING_COMPLETE_HAS_CQE
+	{
+		u64 cqe = tracepoint_arg(ctx, 2);
+
+		where.user_data = read64(cqe);
+		result = read32(cqe + 8);
+		flags = read32(cqe + 12);
+	}
+#else
+	where.user_data = tracepoint_arg(ctx, 2);
+	result = tracepoint_arg(ctx, 3);
+	flags = tracepoint_arg(ctx, 4);
+#endif
+	if (flags & CQE_F_NOTIF) {
+		count_notification(&where, result);
+		return 0;
+	}
+	if (result <= 0)
+		return 0;
+	if (!request) {
+		found = uring_notes.lookup(&where);
+		if (!found || !found->request)
+			return 0;
+		request = found->request;
+	}
+	opcode = read8(request + KIOCB_OPCODE);
+	entry = uring_table.lookup(&opcode);
+	if (!entry || !*entry)
+		return 0;
+	task = submitter(request);
+	tgid = read32(task + TASK_TGID);
+	process = process_of(tgid, task);
+	call = uring_calls.lookup(&zero);
+	if (!process || !call)
+		return 0;
+	call->process = process;
+	call->flags = 0;
+	shape = *entry & 0xff;
+	call->via = *entry >> 8;
+	call->bytes = result;
+	ends_of_request(request, opcode, shape, task, call);
+	forget();
+	fill_key(&key, call);
+	tally = tally_of(&key);
+	if (!tally)
+		return 0;
+	tally->operations++;
+	tally->bytes += call->bytes;
+	if ((opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC) && flags & CQE_F_MORE &&
+	    read16(request + IO_SEND_FLAGS) & REPORT_USAGE) {
+		struct uring_note note = {.zerocopy_bytes = call->bytes, .key = key};
+
+		uring_notes.update(&where, &note);
+	}
+	if (END_IS_SOCKET(call->source.id) && call->destination.id == END_USER)
+		take_copied(call, tally);
+#if HAVE_IDENTITY && IDENTITY
+	{
+		struct walk *walk = new_walk(call->bytes);
+
+		if (!walk || (shape != SHAPE_SPLICE && shape != SHAPE_TEE) ||
+		    !END_IS_PIPE(call->destination.id))
+			return 0;
+		if (END_IS_PIPE(call->source.id))
+			prepare_pipes(walk, call, shape == SHAPE_TEE);
+		else if (END_IS_FILESYSTEM(call->source.id))
+			prepare_into_pipe(walk, call,
+					  read64(request + IO_SPLICE_OFF_IN) + call->bytes);
+		else
+			return 0;
+		walk_ring(walk);
+		apply(walk, call, tally);
+	}
+#endif
+	return 0;
+}
+#endif

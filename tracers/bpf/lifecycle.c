@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* Processes: followed from fork to exit. */
+
+int tp_sched_process_fork(u64 *ctx)
+{
+	u64 parent = tracepoint_arg(ctx, 0), child = tracepoint_arg(ctx, 1);
+	u32 parent_tgid = read32(parent + TASK_TGID), child_tgid = read32(child + TASK_TGID);
+
+	/* The child does not run before this returns. A thread joins its group. */
+	if (parent_tgid != child_tgid && followed.lookup(&parent_tgid))
+		follow(child_tgid, child);
+	return 0;
+}
+
+int tp_sched_process_exec(u64 *ctx)
+{
+	u64 task = tracepoint_arg(ctx, 0), *key;
+	u32 tgid = read32(task + TASK_TGID);
+	struct process *process;
+
+	key = followed.lookup(&tgid);
+	if (!key)
+		return 0;
+	process = processes.lookup(key);
+	if (process)
+		read_kernel(process->comm, sizeof(process->comm), (void *)(task + TASK_COMM));
+	return 0;
+}
+
+int tp_sched_process_exit(u64 *ctx)
+{
+	u64 task = tracepoint_arg(ctx, 0), *key, signal;
+	u32 tgid = read32(task + TASK_TGID), tid = read32(task + TASK_PID);
+	struct process *process;
+
+	key = followed.lookup(&tgid);
+	if (!key)
+		return 0;
+	notes.delete(&tid);
+	signal = read64(task + TASK_SIGNAL);
+	if (read32(signal + SIGNAL_LIVE) != 0)
+		return 0;
+	process = processes.lookup(key);
+	if (process) {
+		read_kernel(process->comm, sizeof(process->comm),
+			    (void *)(read64(task + TASK_LEADER) + TASK_COMM));
+		process->ended = 1;
+	}
+	followed.delete(&tgid);
+	return 0;
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* What is kept in the kernel, and read by tracer.py. Sizes come from tracer.py. */
+
+/* Dispositions that the kernel side can establish; the order is that of tracer.py. */
+enum disposition { COPIED, SHARED, MOVED, DIRECT_IO, REMAPPED, DISCARDED, NR_DISPOSITIONS };
+
+/* Flags of a key; the order is that of tracer.py. */
+enum {
+	F_COMPAT = 1 << 0,
+	F_ZEROCOPY = 1 << 1,
+	F_LOOPBACK = 1 << 2,
+	F_TRUNC = 1 << 3,
+	F_PEEK = 1 << 4,
+	F_MOVE = 1 << 5,
+	F_GIFT = 1 << 6,
+	F_REMAP = 1 << 7,
+	F_ERRQUEUE = 1 << 8,
+	F_SRC_DIRECT = 1 << 9,
+	F_SRC_DAX = 1 << 10,
+	F_DST_DIRECT = 1 << 11,
+	F_DST_DAX = 1 << 12,
+};
+
+/* Calls that look alike. Ends are encoded as in ends.h. */
+struct key {
+	u64 process;
+	u64 source;
+	u64 destination;
+	u32 via;
+	u32 flags;
+};
+
+struct tally {
+	u64 operations;
+	u64 bytes;			  /* carried by each leg */
+	u64 identity[2][NR_DISPOSITIONS]; /* bytes whose pages were seen at both ends, by leg */
+	u64 measured_copied;		  /* bytes counted by the kernel's own copying functions */
+	u64 declared_copied;
+	u64 declared_shared;
+	u64 queued_mapped; /* pages queued in a pipe while in some page table */
+};
+
+struct process {
+	u32 pid;
+	u32 ended;
+	char comm[16];
+};
+
+struct page_counts {
+	u64 faults;
+	u64 mapped;
+	u64 inserted;
+	u64 removed;
+};
+
+/* What other probes learned during the call that a task is in. */
+struct note {
+	u64 copied;	/* bytes counted by skb_copy_datagram_iter */
+	u64 fuse_bytes; /* bytes of whole pages that a FUSE reply moved */
+	u64 fuse_pages; /* pages of READ replies that were compared */
+};
+
+enum lost { LOST_TALLY, LOST_PROCESS, LOST_CQE_SKIPPED, LOST_MESSAGES, NR_LOST };
+
+BPF_ARRAY(call_table, u64, TABLE_SIZE);
+BPF_ARRAY(uring_table, u64, 256);
+BPF_HASH(followed, u32, u64, MAX_PROCESSES); /* thread group -> key of the process */
+BPF_HASH(processes, u64, struct process, MAX_PROCESSES);
+BPF_TABLE("percpu_hash", struct key, struct tally, tallies, MAX_TALLIES);
+BPF_TABLE("percpu_hash", u64, struct page_counts, page_counts, MAX_PROCESSES);
+BPF_TABLE("lru_hash", u32, struct note, notes, 10240);
+BPF_TABLE("percpu_array", u32, u64, lost, NR_LOST);
+
+struct name {
+	char text[32];
+};
+BPF_HASH(filesystem_names, u64, struct name, 256);
+
+static __always_inline void count_lost(u32 what)
+{
+	u64 *count = lost.lookup(&what);
+
+	if (count)
+		*count += 1;
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* What leaves sockets, and what is copied out of their buffers. */
+
+int tp_skb_copy_datagram_iovec(u64 *ctx)
+{
+	u64 length = (u32)tracepoint_arg(ctx, 1);
+	u32 tid = bpf_get_current_pid_tgid();
+	struct note *note, none = {};
+
+	if (!current_process())
+		return 0;
+	note = notes.lookup_or_try_init(&tid, &none);
+	if (note)
+		note->copied += length;
+	return 0;
+}
+
+#if HAVE_NETWORK && HAVE_IDENTITY && IDENTITY
+#define MAX_SKB_FRAGS 17
+#define IPPROTO_TCP   6
+
+struct packet {
+	u64 sk;
+	u64 frags;
+	u32 nr_frags;
+	u32 linear; /* payload in front of the fragments, bytes */
+	u32 seq;    /* of the first payload byte */
+	bool tcp;
+};
+
+static __always_inline u64 frag_mapping(struct folio *folio, u64 frag)
+{
+	load_folio(folio, read64(frag + FRAG_PAGE) & ~3ULL);
+	return folio->mapping & MAPPING_FLAGS ? 0 : folio->mapping;
+}
+
+/* struct tcphdr: seq at byte 4, the header's length in 4-byte words in the high bits of byte 12 */
+static __always_inline void read_tcp(struct packet *packet, u64 skb, u64 head)
+{
+	u64 transport = head + read16(skb + SKB_TRANSPORT);
+	u32 headlen = (u32)read32(skb + SKB_LEN) - (u32)read32(skb + SKB_DATA_LEN);
+	u64 end = read64(skb + SKB_DATA) + headlen;
+
+	packet->seq = bpf_ntohl(read32(transport + 4));
+	packet->linear = end - transport - (read8(transport + 12) >> 4) * 4;
+}
+
+static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 seq, u32 length,
+				       bool followed_now)
+{
+	struct flow_key key = {.sk = packet->sk, .mapping = mapping};
+	struct flow *flow;
+	s32 news;
+
+	key.hash = read32(packet->sk + SOCK_HASH);
+	flow = flows.lookup(&key);
+	if (!flow) {
+		struct flow empty = {};
+
+		if (!followed_now)
+			return;
+		flow = flows.lookup_or_try_init(&key, &empty);
+		if (!flow)
+			return;
+	}
+	if (packet->tcp) {
+		news = seq + length - flow->end_seq;
+		if (flow->has_seq && news <= 0)
+			return;
+		flow->end_seq = seq + length;
+		if (flow->has_seq && news < (s32)length)
+			length = news;
+		flow->has_seq = 1;
+	}
+	__sync_fetch_and_add(&flow->sent, length);
+}
+
+int tp_net_dev_start_xmit(u64 *ctx)
+{
+	u64 skb = tracepoint_arg(ctx, 0), head, info;
+	struct packet packet = {};
+	struct folio folio = {};
+	bool followed_now;
+	u32 i, seq;
+
+	packet.sk = read64(skb + SKB_SK);
+	head = read64(skb + SKB_HEAD);
+	info = head + read32(skb + SKB_END);
+	packet.nr_frags = read8(info + SHINFO_NR_FRAGS);
+	packet.frags = info + SHINFO_FRAGS;
+	if (!packet.sk || !packet.nr_frags)
+		return 0;
+	/* Copied payload is in pages of no page cache; a copied header may come first. */
+	if (!frag_mapping(&folio, packet.frags) &&
+	    !frag_mapping(&folio, packet.frags + (packet.nr_frags - 1) * FRAG_SIZE))
+		return 0;
+	followed_now = current_process() != 0;
+	packet.tcp = read16(packet.sk + SOCK_PROTOCOL) == IPPROTO_TCP;
+	if (packet.tcp)
+		read_tcp(&packet, skb, head);
+	seq = packet.seq + packet.linear;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_SKB_FRAGS; i++) {
+		u64 frag = packet.frags + i * FRAG_SIZE, mapping;
+		u32 length;
+
+		if (i >= packet.nr_frags)
+			break;
+		length = read32(frag + FRAG_LEN);
+		mapping = frag_mapping(&folio, frag);
+		if (mapping)
+			count_sent(&packet, mapping, seq, length, followed_now);
+		seq += length;
+	}
+	return 0;
+}
+#endif

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* Pages by identity: folios, pipe rings, page caches. */
+#if HAVE_IDENTITY && IDENTITY
+
+/* The largest pipe that is walked: 256 slots, 1 MiB, the default pipe-max-size. */
+#define MAX_SLOTS 256
+
+/* A folio, kept while walking so that its tail pages need no further reads. */
+struct folio {
+	u64 first; /* address of its first struct page */
+	u64 span;  /* bytes of struct pages */
+	u64 mapping;
+	bool mapped; /* in some page table */
+};
+
+/* page_folio() (include/linux/page-flags.h) */
+static __always_inline u64 head_of(u64 page)
+{
+	u64 head = read64(page + PAGE_HEAD);
+
+	if (!(head & 1))
+		return page;
+	return HEAD_IS_MASK ? page & head : head - 1;
+}
+
+/* folio_nr_pages() (include/linux/mm.h); 1 where this kernel's layout does not tell. */
+static __always_inline u64 pages_of(u64 head)
+{
+	u64 pages = 1;
+
+#if HAVE_FOLIO
+	if (read64(head + PAGE_FLAGS) & 1ULL << PG_HEAD_BIT)
+		pages = (u32)read32(head + FOLIO_PAGES);
+#endif
+	return pages ? pages : 1;
+}
+
+static __always_inline void load_folio(struct folio *folio, u64 page)
+{
+	u64 pages;
+
+	if (page - folio->first < folio->span)
+		return;
+	folio->first = head_of(page);
+	folio->mapping = read64(folio->first + PAGE_MAPPING);
+	pages = pages_of(folio->first);
+	folio->span = pages * PAGE_SIZE_OF;
+	/* Both counts start at -1. page_type shares the small one's place and is below -1. */
+#if HAVE_MAPCOUNT
+	if (pages > 1) {
+		folio->mapped = (s32)read32(folio->first + FOLIO_MAPCOUNT) >= 0;
+		return;
+	}
+#endif
+	folio->mapped = (s32)read32(folio->first + PAGE_MAPCOUNT) >= 0;
+}
+
+/* PAGE_MAPPING_ANON, _KSM, _MOVABLE (include/linux/page-flags.h): not a page cache. */
+#define MAPPING_FLAGS 3
+
+static __always_inline u32 pipe_index(u64 address)
+{
+	return PIPE_HEAD_SIZE == 2 ? read16(address) : read32(address);
+}
+
+static __always_inline u64 pipe_of(u64 file)
+{
+	return read64(file + FILE_PRIVATE);
+}
+
+/* How the slots of a ring are judged. */
+enum judge {
+	JUDGE_MAPPING, /* is the page one of the page cache *mapping*? */
+	JUDGE_FOREIGN, /* is it foreign to the page cache *mapping*? */
+	JUDGE_MAPPED,  /* is it in a page table, so the very page of user memory? */
+	JUDGE_RING,    /* does the other ring hold it too? */
+};
+
+/*
+ * A walk along a ring. It lives in a map, not on the stack: what is loaded from a map is unknown
+ * to the verifier, so that it checks the one loop below once for all callers.
+ */
+struct walk {
+	u64 mapping;
+	u64 bufs;
+	u64 bytes; /* stop when the slots seen hold so many */
+	u64 other_bufs;
+	u32 mask;
+	u32 start; /* first slot looked at */
+	s32 step;  /* 1, or -1 to go back in time */
+	u32 slots; /* at most so many */
+	u32 other_mask;
+	u32 other_start;
+	u32 judge;
+	u32 pad;
+	/* What was seen. */
+	u64 same;  /* bytes in pages that are the other end's */
+	u64 fresh; /* bytes in pages that belong to nobody else */
+	u64 total; /* bytes in all slots seen */
+	u32 nr_same;
+	u32 nr_seen;
+	u32 nr_mapped;
+	u32 verdict; /* what follows for the call: enum verdict */
+	u64 proven;  /* bytes that are proven if all slots are the same */
+	u64 partial; /* bytes of a buffer that was split between two rings */
+	struct folio folio;
+};
+BPF_TABLE("percpu_array", u32, struct walk, walks, 1);
+
+static __always_inline struct walk *new_walk(u64 bytes)
+{
+	u32 zero = 0;
+	struct walk *walk = walks.lookup(&zero);
+
+	if (!walk)
+		return 0;
+	__builtin_memset(walk, 0, sizeof(*walk));
+	walk->bytes = walk->proven = bytes;
+	return walk;
+}
+
+static __always_inline u64 slot_at(u64 bufs, u32 index, u32 mask)
+{
+	return bufs + (u64)(index & mask) * BUF_SIZE;
+}
+
+static __always_inline void walk_ring(struct walk *walk)
+{
+	u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_SLOTS; i++) {
+		u64 slot, page, length;
+		u32 same;
+
+		if (i >= walk->slots || walk->total >= walk->bytes)
+			break;
+		slot = slot_at(walk->bufs, walk->start + walk->step * i, walk->mask);
+		page = read64(slot + BUF_PAGE);
+		length = (u32)read32(slot + BUF_LEN);
+		walk->nr_seen++;
+		walk->total += length;
+		if (walk->judge == JUDGE_RING) {
+			u32 other = walk->other_start + walk->step * i;
+
+			same = page == read64(slot_at(walk->other_bufs, other, walk->other_mask) +
+					      BUF_PAGE);
+		} else {
+			load_folio(&walk->folio, page);
+			walk->nr_mapped += walk->folio.mapped;
+			if (walk->judge == JUDGE_MAPPED)
+				same = walk->folio.mapped;
+			else
+				same = (walk->folio.mapping == walk->mapping) ^ walk->judge;
+		}
+		if (same) {
+			walk->same += length;
+			walk->nr_same++;
+		} else if (!walk->folio.mapping && (u32)read32(page + PAGE_REFCOUNT) == 1) {
+			walk->fresh += length;
+		}
+	}
+}
+
+static __always_inline void walk_newest(struct walk *walk, u64 pipe)
+{
+	u32 size = read32(pipe + PIPE_RING_SIZE);
+
+	walk->bufs = read64(pipe + PIPE_BUFS);
+	walk->mask = size - 1;
+	walk->start = pipe_index(pipe + PIPE_HEAD) - 1;
+	walk->step = -1;
+	walk->slots = size;
+}
+
+/* Pages that *bytes* ending at file position *end* touch. */
+static __always_inline u32 pages_spanned(u64 end, u64 bytes)
+{
+	return ((end - 1) >> 12) - ((end - bytes) >> 12) + 1;
+}
+
+#if HAVE_EXTENTS
+/* The page cache's entry at *index*: xas_load() (lib/xarray.c). 0 if there is none. */
+static __always_inline u64 cached_page(u64 mapping, u64 index)
+{
+	u64 entry = read64(mapping + MAPPING_XA_HEAD);
+	int level;
+
+#pragma clang loop unroll(disable)
+	for (level = 0; level < 11; level++) {
+		u64 node = entry - 2, shift;
+
+		if ((entry & 3) != 2 || entry <= 4096)
+			break;
+		shift = read8(node + XA_SHIFT);
+		if (level == 0 && index >> shift > 63)
+			return 0;
+		entry = read64(node + XA_SLOTS + (index >> (shift & 63) & 63) * 8);
+		if ((entry & 3) == 2 && entry < 256) /* a sibling: the slot of the head */
+			entry = read64(node + XA_SLOTS + (entry >> 2) * 8);
+	}
+	return entry & 1 ? 0 : entry; /* values are shadows of evicted pages */
+}
+#endif
+
+static __always_inline void clamp_add(u64 *to, u64 bytes, u64 limit)
+{
+	*to += bytes < limit ? bytes : limit;
+}
+
+/*
+ * Slots that a reader has drained since keep their page but lose their length. So: if every slot
+ * seen is the same, all of the call's bytes are; otherwise the lengths decide.
+ */
+static __always_inline bool all_same(struct walk *walk)
+{
+	return walk->nr_seen && walk->nr_same == walk->nr_seen;
+}
+#endif /* HAVE_IDENTITY */

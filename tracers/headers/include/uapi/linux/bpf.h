@@ -1,0 +1,3 @@
+/* SPDX-License-Identifier: MIT */
+/* BCC brings its own. */
+#include <linux/types.h>

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Names of endpoints: from the one word that the kernel side keeps (bpf/ends.h)."""
+
+from __future__ import annotations
+
+import socket
+from functools import lru_cache
+from pathlib import Path
+
+_UNKNOWN, _USER, _PIPE, _FIFO, _CHAR, _BLOCK, _SOCKET = range(1, 8)
+_FILESYSTEM = 0xFF
+_FUSE_DEVICE = 10 << 20 | 229
+
+_SIMPLE = {
+    _UNKNOWN: "unknown",
+    _USER: "user memory",
+    _PIPE: "pipe",
+    _FIFO: "fifo",
+    _BLOCK: "block device",
+}
+_IPPROTO_NAMES = {6: "tcp", 17: "udp", 132: "sctp", 136: "udplite", 262: "mptcp"}
+_FAMILY_NAMES = {
+    socket.AF_UNIX: "unix",
+    socket.AF_NETLINK: "netlink",
+    socket.AF_PACKET: "packet",
+    38: "af_alg",
+    40: "vsock",
+}
+
+
+def is_filesystem(end: int) -> bool:
+    """Whether the word is the address of a struct file_system_type."""
+    return end >> 56 == _FILESYSTEM
+
+
+def kind_name(end: int, filesystems: dict[int, str]) -> str:
+    """The kind as a user names it.
+
+    :param end: the word
+    :param filesystems: names by address of struct file_system_type
+    """
+    if is_filesystem(end):
+        name = filesystems.get(end & ~1, "unknown filesystem")
+        return "memfd" if end & 1 and name in ("tmpfs", "hugetlbfs") else name
+    kind, value = end >> 56, end & ((1 << 56) - 1)
+    if kind == _CHAR:
+        return _character_device(value)
+    if kind == _SOCKET:
+        return _socket(value >> 40, value >> 32 & 0xFF, value & 0xFFFFFFFF)
+    return _SIMPLE.get(kind, "unknown")
+
+
+def _socket(family: int, kind: int, protocol: int) -> str:
+    if family in (socket.AF_INET, socket.AF_INET6):
+        if kind == socket.SOCK_RAW:
+            return "raw"
+        return _IPPROTO_NAMES.get(protocol, f"inet protocol {protocol}")
+    return _FAMILY_NAMES.get(family, f"socket family {family}")
+
+
+@lru_cache
+def _character_device(dev: int) -> str:
+    """ "/dev/null" and the like; the kernel's dev_t has the minor in its low 20 bits."""
+    if dev == _FUSE_DEVICE:
+        return "fuse device"
+    major, minor = dev >> 20, dev & 0xFFFFF
+    if 136 <= major <= 143:
+        return "/dev/pts"
+    try:
+        uevent = Path(f"/sys/dev/char/{major}:{minor}/uevent").read_text()
+    except OSError:
+        return f"char device {major}:{minor}"
+    names = [line[8:] for line in uevent.splitlines() if line.startswith("DEVNAME=")]
+    return f"/dev/{names[0]}" if names else f"char device {major}:{minor}"

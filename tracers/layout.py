@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Which kernel fields the BPF programs read, and where they lie on this kernel.
+
+Every field has a name (a constant in the BPF text), alternatives by kernel version, and the
+feature that needs it. A feature whose field a kernel lacks is switched off before the compile,
+and the reason is kept to be shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rsplice.errors import RspliceError
+from rsplice.tracers.btf import Btf, Member
+
+#: Features, and what is not seen without them. "core" cannot be done without.
+FEATURES = {
+    "core": "nothing can be traced",
+    "identity": "pages are not compared: dispositions of splice and tee are inferred",
+    "folio": "large folios count as one page in page_cache numbers",
+    "mapcount": "page-table references of queued large folios are not counted",
+    "extents": "copy_file_range is not told apart from a reflink by its pages",
+    "network": "pages sent by sendfile and splice to sockets are not compared",
+    "zerocopy": "MSG_ZEROCOPY is taken for a copying send",
+    "fuse": "pages moved by FUSE replies are not compared",
+    "io_uring": "io_uring operations are not seen",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One kernel field.
+
+    :param name: its constant in the BPF text; NAME_SIZE is defined where *sized*
+    :param paths: alternatives ``struct.member``, newest kernel first
+    :param feature: a key of FEATURES
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    feature: str = "core"
+    sized: bool = False
+
+
+def _fields(feature: str, text: str) -> list[Field]:
+    """Parses lines "NAME struct.member [| alternative...]"; a "+" behind NAME asks for its size."""
+    made = []
+    for line in text.strip().splitlines():
+        name, _, paths = line.strip().partition(" ")
+        alternatives = tuple(p.strip() for p in paths.split("|"))
+        made.append(Field(name.rstrip("+"), alternatives, feature, name.endswith("+")))
+    return made
+
+
+FIELDS: list[Field] = [
+    *_fields(
+        "core",
+        """
+        REGS_NR pt_regs.orig_ax
+        REGS_ARG0 pt_regs.di
+        REGS_ARG1 pt_regs.si
+        REGS_ARG2 pt_regs.dx
+        REGS_ARG3 pt_regs.r10
+        REGS_ARG4 pt_regs.r8
+        REGS_ARG5 pt_regs.r9
+        REGS_BX pt_regs.bx
+        TASK_STATUS task_struct.thread_info.status
+        TASK_FILES task_struct.files
+        TASK_PID task_struct.pid
+        TASK_TGID task_struct.tgid
+        TASK_COMM task_struct.comm
+        TASK_SIGNAL task_struct.signal
+        TASK_LEADER task_struct.group_leader
+        SIGNAL_LIVE signal_struct.live
+        FILES_FDT files_struct.fdt
+        FDT_FD fdtable.fd
+        FDT_MAX fdtable.max_fds
+        FILE_INODE file.f_inode
+        FILE_MODE file.f_mode
+        FILE_FLAGS file.f_flags
+        FILE_MAPPING file.f_mapping
+        FILE_POS file.f_pos
+        FILE_PRIVATE file.private_data
+        INODE_MODE inode.i_mode
+        INODE_SB inode.i_sb
+        INODE_RDEV inode.i_rdev
+        INODE_FLAGS inode.i_flags
+        INODE_SIZE inode.i_size
+        SB_TYPE super_block.s_type
+        SB_FLAGS super_block.s_flags
+        SB_MAGIC super_block.s_magic
+        FSTYPE_NAME file_system_type.name
+        FSTYPE_FLAGS file_system_type.fs_flags
+        SOCKET_SK socket.sk
+        SOCK_FAMILY sock.__sk_common.skc_family
+        SOCK_TYPE sock.sk_type
+        SOCK_PROTOCOL sock.sk_protocol
+        """,
+    ),
+    *_fields(
+        "identity",
+        """
+        TASK_SPLICE_PIPE task_struct.splice_pipe
+        PIPE_HEAD+ pipe_inode_info.head
+        PIPE_TAIL pipe_inode_info.tail
+        PIPE_RING_SIZE pipe_inode_info.ring_size
+        PIPE_BUFS pipe_inode_info.bufs
+        BUF_PAGE pipe_buffer.page
+        BUF_LEN pipe_buffer.len
+        PAGE_FLAGS page.flags
+        PAGE_HEAD page.compound_head | page.compound_info
+        PAGE_MAPPING folio.mapping | page.mapping
+        PAGE_MAPCOUNT page._mapcount
+        PAGE_REFCOUNT page._refcount
+        """,
+    ),
+    *_fields("folio", "FOLIO_PAGES folio._nr_pages | folio._folio_nr_pages"),
+    *_fields("mapcount", "FOLIO_MAPCOUNT folio._large_mapcount"),
+    *_fields(
+        "extents",
+        """
+        MAPPING_XA_HEAD address_space.i_pages.xa_head
+        XA_SHIFT xa_node.shift
+        XA_SLOTS xa_node.slots
+        """,
+    ),
+    *_fields(
+        "network",
+        """
+        SOCK_HASH sock.__sk_common.skc_hash
+        SKB_SK sk_buff.sk
+        SKB_LEN sk_buff.len
+        SKB_DATA_LEN sk_buff.data_len
+        SKB_HEAD sk_buff.head
+        SKB_DATA sk_buff.data
+        SKB_END sk_buff.end
+        SKB_TRANSPORT sk_buff.transport_header
+        SHINFO_NR_FRAGS skb_shared_info.nr_frags
+        SHINFO_FRAGS skb_shared_info.frags
+        FRAG_PAGE skb_frag.netmem | bio_vec.bv_page
+        FRAG_LEN skb_frag.len | bio_vec.bv_len
+        """,
+    ),
+    *_fields(
+        "zerocopy",
+        """
+        SOCK_FLAGS sock.__sk_common.skc_flags
+        SOCK_DST sock.sk_dst_cache
+        DST_DEV dst_entry.dev
+        NETDEV_FLAGS net_device.flags
+        """,
+    ),
+    *_fields(
+        "fuse",
+        """
+        FUSE_REQ_ARGS fuse_req.args
+        FUSE_REQ_OPCODE fuse_req.in.h.opcode
+        FUSE_ARGS_PAGES fuse_args_pages.folios | fuse_args_pages.pages
+        FUSE_ARGS_NR fuse_args_pages.num_folios | fuse_args_pages.num_pages
+        """,
+    ),
+    *_fields(
+        "io_uring",
+        """
+        KIOCB_FILE io_kiocb.file
+        KIOCB_OPCODE io_kiocb.opcode
+        KIOCB_FLAGS io_kiocb.flags
+        KIOCB_TASK io_kiocb.tctx | io_kiocb.task
+        KIOCB_CTX io_kiocb.ctx
+        KIOCB_USER_DATA io_kiocb.cqe.user_data | io_kiocb.user_data
+        IO_SPLICE_FD_IN io_splice.splice_fd_in | io_splice.file_in
+        IO_SPLICE_FLAGS io_splice.flags
+        IO_SPLICE_OFF_IN io_splice.off_in
+        """,
+    ),
+]
+
+# Sizes of structs that are walked as arrays or stepped over.
+_SIZES = (("BUF_SIZE", ("pipe_buffer",), "identity"), ("PAGE_SIZE_OF", ("page",), "identity"),
+          ("FRAG_SIZE", ("skb_frag", "bio_vec"), "network"))  # fmt: skip
+
+
+@dataclass
+class Layout:
+    """The constants of one kernel.
+
+    :ivar constants: name -> value, to be put in front of the BPF text
+    :ivar missing: feature -> what the kernel lacks for it, in words
+    """
+
+    constants: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def has(self, feature: str) -> bool:
+        return feature not in self.missing
+
+    def defines(self) -> str:
+        """The constants as C text."""
+        lines = [f"#define {name} {value}" for name, value in self.constants.items()]
+        lines += [f"#define HAVE_{name.upper()} {int(self.has(name))}" for name in FEATURES]
+        return "\n".join(lines) + "\n"
+
+
+def resolve(btf: Btf) -> Layout:
+    """The layout that *btf* describes. RspliceError if a core field is missing."""
+    layout = Layout()
+    for wanted in FIELDS:
+        found = _first(btf, wanted.paths)
+        if found is None:
+            layout.missing.setdefault(wanted.feature, f"this kernel has no {wanted.paths[0]}")
+            continue
+        layout.constants[wanted.name] = found.offset
+        if wanted.sized:
+            layout.constants[f"{wanted.name}_SIZE"] = found.size
+    for name, structs, feature in _SIZES:
+        size = next((s for s in map(btf.sizeof, structs) if s is not None), None)
+        if size is None:
+            layout.missing.setdefault(feature, f"this kernel has no struct {structs[0]}")
+        else:
+            layout.constants[name] = size
+    _resolve_variants(btf, layout)
+    if "core" in layout.missing:
+        raise RspliceError(f"cannot trace this kernel: {layout.missing['core']}")
+    if not layout.has("identity"):
+        for dependent in ("extents", "network", "fuse"):
+            layout.missing.setdefault(dependent, layout.missing["identity"])
+    return layout
+
+
+def _first(btf: Btf, paths: tuple[str, ...]) -> Member | None:
+    return next((m for m in map(btf.member, paths) if m is not None), None)
+
+
+def _resolve_variants(btf: Btf, layout: Layout) -> None:
+    """What differs between kernels by more than an offset."""
+    constants = layout.constants
+    bit = btf.enumerator("sock_flags", "SOCK_ZEROCOPY")
+    if bit is None:
+        layout.missing.setdefault("zerocopy", "this kernel has no SOCK_ZEROCOPY")
+    constants["SOCK_ZEROCOPY_BIT"] = bit or 0
+    # io_kiocb.tctx replaced io_kiocb.task in 6.13; the task is one step further.
+    tctx = btf.member("io_kiocb.tctx")
+    task = btf.member("io_uring_task.task")
+    constants["KIOCB_TASK_IS_TCTX"] = int(tctx is not None)
+    constants["TCTX_TASK"] = task.offset if task else 0
+    # Up to 6.14 io_splice held the input file itself; later its descriptor.
+    constants["IO_SPLICE_HAS_FD"] = int(btf.member("io_splice.splice_fd_in") is not None)
+    args = btf.tracepoint_args("io_uring_complete") or []
+    constants["URING_COMPLETE_HAS_CQE"] = int("struct io_uring_cqe *" in args)
+    # page.compound_info (7.x) encodes the head as a mask where struct page is a power of two.
+    constants["HEAD_IS_MASK"] = int(btf.member("page.compound_head") is None)
+    # Zero-copy sends came with 6.0; before that nothing has these flags.
+    send = btf.member("io_sr_msg.flags")
+    constants["IO_SEND_FLAGS"] = send.offset if send else 0
+    bit = btf.enumerator("pageflags", "PG_head")
+    if bit is None:
+        layout.missing.setdefault("folio", "this kernel has no PG_head")
+    constants["PG_HEAD_BIT"] = bit or 0
+    pt_regs = btf.struct_id("pt_regs")
+    constants["BTF_PT_REGS"] = pt_regs or 0

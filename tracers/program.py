@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: MIT
+"""Compiles the BPF programs with BCC, loads them, attaches them, and reads their maps.
+
+BCC compiles one text once per run and makes the maps; loading and attaching go through bpf(2)
+directly, because BCC has no tp_btf programs. Everything is held by file descriptors: closing
+them, also by dying, detaches and frees all of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+
+from rsplice.errors import RspliceError
+from rsplice.tracers.btf import Btf
+
+_HERE = Path(__file__).resolve().parent
+_SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "account.h", "pages.h", "sockets.h",
+            "syscalls.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
+            "io_uring.c")  # fmt: skip
+
+# include/uapi/linux/bpf.h
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
+_TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 17, 26
+_ATTACH_TRACE_RAW_TP = 23
+_SYS_BPF = 321
+_CALL, _PSEUDO_KFUNC_CALL = 0x85, 2
+_CAST_CALL = 0x7FFF0001  # access.h
+
+_ffi = FFI()
+_ffi.cdef("long syscall(long number, ...); int *__errno_location(void);")
+_libc: Any = _ffi.dlopen(None)
+
+
+class BpfError(Exception):
+    """bpf(2) failed: the errno, and the verifier's last words if there are any."""
+
+    def __init__(self, number: int, log: str = "") -> None:
+        super().__init__(f"{os.strerror(number)}{': ' + log if log else ''}")
+        self.errno = number
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    """bpf(2). BpfError with its errno on failure."""
+    attr = _ffi.new("char[]", attributes.ljust(128, b"\0"))
+    result = _libc.syscall(
+        _ffi.cast("long", _SYS_BPF), _ffi.cast("int", command), attr, _ffi.cast("unsigned int", 128)
+    )
+    if result < 0:
+        raise BpfError(_libc.__errno_location()[0])
+    return int(result)
+
+
+def _address(data: Any) -> int:
+    return int(_ffi.cast("uintptr_t", data))
+
+
+def source_text(defines: str) -> str:
+    """The whole BPF text, with *defines* in front and lines that name their files."""
+    parts = [defines]
+    for name in _SOURCES:
+        parts.append(f'#line 1 "{name}"\n' + (_HERE / "bpf" / name).read_text())
+    return "".join(parts)
+
+
+class Map:
+    """A BPF map, read and written as bytes.
+
+    :param fd: its descriptor, owned by BCC
+    :param key_size: bytes of a key
+    :param value_size: bytes of a value, of one CPU's
+    :param cpus: how many values an entry has: possible CPUs for a per-CPU map, else 1
+    """
+
+    def __init__(self, fd: int, key_size: int, value_size: int, cpus: int = 1) -> None:
+        self.fd = fd
+        self.cpus = cpus
+        self.value_size = value_size
+        self._stride = (value_size + 7) & ~7 if cpus > 1 else value_size
+        self._key = _ffi.new("char[]", key_size)
+        self._next = _ffi.new("char[]", key_size)
+        self._value = _ffi.new("char[]", self._stride * cpus)
+
+    def _call(self, command: int, value: Any, key: Any = None) -> None:
+        key = self._key if key is None else key
+        _bpf(command, struct.pack("=IIQQQ", self.fd, 0, _address(key), _address(value), 0))
+
+    def get(self, key: bytes) -> list[bytes] | None:
+        """The values of *key*, one per CPU; None if there is no such entry."""
+        _ffi.buffer(self._key)[:] = key
+        try:
+            self._call(_MAP_LOOKUP, self._value)
+        except BpfError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        raw = bytes(_ffi.buffer(self._value))
+        return [raw[i * self._stride :][: self.value_size] for i in range(self.cpus)]
+
+    def put(self, key: bytes, value: bytes) -> None:
+        _ffi.buffer(self._key)[:] = key
+        _ffi.buffer(self._value)[: len(value)] = value
+        self._call(_MAP_UPDATE, self._value)
+
+    def delete(self, key: bytes) -> None:
+        """Removes *key*; it is no error if it is gone already."""
+        _ffi.buffer(self._key)[:] = key
+        try:
+            self._call(_MAP_DELETE, _ffi.NULL)
+        except BpfError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+    def items(self) -> Iterator[tuple[bytes, list[bytes]]]:
+        """All entries. Entries that vanish meanwhile are passed over."""
+        keys: list[bytes] = []
+        current: Any = _ffi.NULL
+        limit = 1 << 20  # a key deleted under the cursor restarts the walk
+        while len(keys) < limit:
+            try:
+                self._call(_MAP_NEXT, self._next, current)
+            except BpfError as error:
+                if error.errno == errno.ENOENT:
+                    break
+                raise
+            keys.append(bytes(_ffi.buffer(self._next)))
+            _ffi.buffer(self._key)[:] = keys[-1]
+            current = self._key
+        for key in dict.fromkeys(keys):
+            values = self.get(key)
+            if values is not None:
+                yield key, values
+
+
+def possible_cpus() -> int:
+    """How many values an entry of a per-CPU map has."""
+    text = Path("/sys/devices/system/cpu/possible").read_text()
+    return max(int(part.split("-")[-1]) for part in text.split(",")) + 1
+
+
+class Program:
+    """The compiled BPF text, its maps, and the probes attached so far.
+
+    :param text: C text from source_text()
+    :param btf: of the running kernel, for tp_btf
+    :param direct: load as tp_btf with direct reads (access.h), else as raw tracepoints
+    """
+
+    def __init__(self, text: str, btf: Btf, direct: bool) -> None:
+        self._btf = btf
+        self._direct = direct
+        self._fds: list[int] = []
+        os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "headers")
+        try:
+            from bcc import BPF
+            from bcc.libbcc import lib
+        except ImportError as error:
+            raise RspliceError(
+                "BCC is not installed: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
+                "(Fedora); PyPI's bcc is another package"
+            ) from error
+        self._lib = lib
+        saved = os.dup(2)
+        try:
+            with _quiet() as messages:
+                os.dup2(messages.fd, 2)
+                self._bcc = BPF(text=text)
+        except Exception as error:
+            raise RspliceError(
+                f"BCC cannot compile the probes: {messages.text() or error}"
+            ) from error
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+    def has(self, function: str) -> bool:
+        """Whether the text, as compiled for this kernel, defines *function*."""
+        return bool(self._lib.bpf_function_start(self._bcc.module, function.encode()))
+
+    def map(self, name: str) -> Map:
+        table = self._bcc[name]
+        percpu = "PerCpu" in type(table).__name__
+        return Map(
+            table.map_fd,
+            self._lib.bpf_table_key_size_id(self._bcc.module, table.map_id),
+            self._lib.bpf_table_leaf_size_id(self._bcc.module, table.map_id),
+            possible_cpus() if percpu else 1,
+        )
+
+    def attach(self, function: str, tracepoint: str) -> None:
+        """Loads *function* and attaches it to the raw tracepoint. BpfError on failure."""
+        program = self._load(function, tracepoint)
+        try:
+            name = _ffi.new("char[]", tracepoint.encode())
+            where = 0 if self._direct else _address(name)
+            link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", where, program, 0))
+        finally:
+            os.close(program)
+        os.set_inheritable(link, False)
+        self._fds.append(link)
+
+    def _load(self, function: str, tracepoint: str) -> int:
+        encoded = function.encode()
+        start = self._lib.bpf_function_start(self._bcc.module, encoded)
+        size = self._lib.bpf_function_size(self._bcc.module, encoded)
+        if not start:
+            raise BpfError(errno.ENOENT)
+        code = bytearray(_ffi.buffer(_ffi.cast("char *", start), size))
+        attach_type = attach_id = 0
+        program_type = _TYPE_RAW_TRACEPOINT
+        if self._direct:
+            program_type, attach_type = _TYPE_TRACING, _ATTACH_TRACE_RAW_TP
+            attach_id = self._btf.tracepoint_id(tracepoint) or 0
+            self._use_cast(code)
+        instructions = _ffi.from_buffer(code)
+        licence = _ffi.new("char[]", b"GPL")
+        for log_size in (0, 1 << 22):  # the verifier's log is only paid for when it is needed
+            log = _ffi.new("char[]", log_size or 1)
+            attributes = struct.pack(
+                "=IIQQIIQII16sIIIIQIIQII", program_type, size // 8, _address(instructions),
+                _address(licence), 1 if log_size else 0, log_size,
+                _address(log) if log_size else 0, 0, 0, encoded[:15], 0, attach_type,
+                0, 0, 0, 0, 0, 0, 0, attach_id,
+            )  # fmt: skip
+            try:
+                return _bpf(_PROG_LOAD, attributes)
+            except BpfError as error:
+                if log_size or error.errno == errno.EPERM:
+                    text = bytes(_ffi.buffer(log)).split(b"\0")[0].decode(errors="replace")
+                    words = text.strip().splitlines()
+                    raise BpfError(error.errno, " / ".join(words[-3:-1])) from None
+        raise AssertionError("unreachable")
+
+    def _use_cast(self, code: bytearray) -> None:
+        """Turns calls of the placeholder into calls of the kfunc bpf_rdonly_cast."""
+        kfunc = self._btf.function_id("bpf_rdonly_cast") or 0
+        for at in range(0, len(code), 8):
+            opcode, _, _, immediate = struct.unpack_from("<BBhi", code, at)
+            if opcode == _CALL and immediate == _CAST_CALL:
+                struct.pack_into("<BBhi", code, at, _CALL, _PSEUDO_KFUNC_CALL << 4, 0, kfunc)
+
+    def close(self) -> None:
+        """Detaches every probe and frees programs and maps."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        self._bcc.cleanup()
+
+
+class _quiet:
+    """A place for clang's messages, so that they reach the user only in an error."""
+
+    def __enter__(self) -> _quiet:
+        self.fd = os.memfd_create("clang", os.MFD_CLOEXEC)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._words = os.pread(self.fd, 2000, 0).decode(errors="replace").strip()
+        os.close(self.fd)
+
+    def text(self) -> str:
+        """The first error that clang reported."""
+        errors = [line for line in self._words.splitlines() if "error:" in line]
+        return errors[0] if errors else self._words.split("\n")[0]

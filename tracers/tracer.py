@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: MIT
+"""Attaches the probes, says who is followed, and reads what the kernel added up."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import dataclass, field
+
+from rsplice.audit import Endpoint, MissingProbe, PageCounts
+from rsplice.errors import RspliceError
+from rsplice.events import ProcessSeen, Tally
+from rsplice.tracers import layout as layouts
+from rsplice.tracers import operations
+from rsplice.tracers.btf import Btf
+from rsplice.tracers.kinds import is_filesystem, kind_name
+from rsplice.tracers.program import BpfError, Map, Program, possible_cpus, source_text
+
+IDENTITY = {"off": 0, "sample": 1, "all": 2}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One program and the raw tracepoint it attaches to.
+
+    :param tracepoint: its name; the program is ``tp_<name>``
+    :param cost: what the reader loses without it
+    :param feature: the layout feature that it needs
+    :param required: whether there is no audit without it
+    :param identity: whether it serves page comparison only
+    """
+
+    tracepoint: str
+    cost: str
+    feature: str = "core"
+    required: bool = False
+    identity: bool = False
+
+
+PROBES = (
+    Probe("sys_exit", "no system call is seen", required=True),
+    Probe("sched_process_fork", "children are not followed", required=True),
+    Probe("sched_process_exec", "processes keep the name they had before exec"),
+    Probe("sched_process_exit", "the end of a process is not seen", required=True),
+    Probe("mm_filemap_add_to_page_cache", "page-cache inserts are not counted"),
+    Probe("mm_filemap_delete_from_page_cache", "page-cache removals are not counted"),
+    Probe("mm_filemap_map_pages", "pages mapped by fault-around are not counted"),
+    Probe("page_fault_user", "page faults are not counted"),
+    Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
+    Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
+    Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
+    Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse", identity=True),
+    Probe("io_uring_submit_req", "multishot completions are not seen", "io_uring"),
+    Probe("io_uring_complete", layouts.FEATURES["io_uring"], "io_uring"),
+)
+
+# bpf/maps.h
+_KEY = struct.Struct("=QQQII")
+_TALLY = struct.Struct("=18Q")
+_PROCESS = struct.Struct("=II16s")
+_PAGES = struct.Struct("=4Q")
+_FLOW_KEY_SIZE = 24
+_FLOW = struct.Struct("=32sQQIIII")
+_DISPOSITIONS = ("copied", "shared", "moved", "direct", "remapped", "discarded")
+_FLAGS = ("compat", "zerocopy", "loopback", "trunc", "peek", "move", "gift", "remap", "errqueue")
+_SRC_DIRECT, _SRC_DAX, _DST_DIRECT, _DST_DAX = 1 << 9, 1 << 10, 1 << 11, 1 << 12
+
+
+@dataclass
+class Reading:
+    """What the kernel has added up so far."""
+
+    tallies: list[Tally] = field(default_factory=list)
+    processes: list[ProcessSeen] = field(default_factory=list)
+    events_lost: int = 0
+
+
+class Tracer:
+    """The probes of one run. Closing it, or dying, detaches everything.
+
+    :param identity: how many calls have their pages compared: "all", "sample" (1 in 16) or "off"
+    :param follow_all: follow every process of the machine but this one
+    :param direct: how kernel memory is read (bpf/access.h); None takes the faster that works
+    """
+
+    def __init__(
+        self, identity: str = "all", follow_all: bool = False, direct: bool | None = None
+    ) -> None:
+        self.identity = identity
+        self.attached: list[str] = []
+        self.missing: list[MissingProbe] = []
+        btf = Btf()
+        layout = layouts.resolve(btf)
+        can_direct = btf.function_id("bpf_rdonly_cast") is not None
+        self.direct = can_direct if direct is None else direct and can_direct
+        self._program = self._start(btf, layout, follow_all)
+        self._tallies = self._program.map("tallies")
+        self._processes = self._program.map("processes")
+        self._followed = self._program.map("followed")
+        self._pages = self._program.map("page_counts")
+        self._lost = self._program.map("lost")
+        self._names = self._program.map("filesystem_names")
+        has_flows = "net_dev_start_xmit" in self.attached
+        self._flows: Map | None = self._program.map("flows") if has_flows else None
+        self._filesystems: dict[int, str] = {}
+
+    def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
+        """Compiles and attaches; falls back to the slower reads where the faster are refused."""
+        sizes = _map_sizes(possible_cpus())
+        defines = layout.defines() + operations.defines()
+        settings = {
+            **sizes,
+            "IDENTITY": IDENTITY[self.identity],
+            "FOLLOW_ALL": int(follow_all),
+            "SELF_PID": os.getpid(),
+            "DIRECT": int(self.direct),
+        }
+        defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
+        program = Program(source_text(defines), btf, self.direct)
+        try:
+            self._fill_tables(program)
+            self._attach_all(program, btf, layout)
+        except BpfError as error:
+            program.close()
+            if not self.direct or error.errno == errno.EPERM:
+                raise RspliceError(_explain(error)) from error
+            self.direct = False
+            self.attached.clear()
+            self.missing.clear()
+            return self._start(btf, layout, follow_all)
+        return program
+
+    @staticmethod
+    def _fill_tables(program: Program) -> None:
+        for name, table in (
+            ("call_table", operations.call_table()),
+            ("uring_table", operations.uring_table()),
+        ):
+            calls = program.map(name)
+            for number, entry in table.items():
+                calls.put(struct.pack("=I", number), struct.pack("=Q", entry))
+
+    def _attach_all(self, program: Program, btf: Btf, layout: layouts.Layout) -> None:
+        # sys_exit last: it is the one that every process of the machine pays for.
+        for probe in sorted(PROBES, key=lambda p: p.tracepoint == "sys_exit"):
+            if probe.identity and self.identity == "off":
+                continue
+            reason = layout.missing.get(probe.feature)
+            if reason is None and btf.tracepoint_id(probe.tracepoint) is None:
+                reason = "this kernel has no such tracepoint"
+            if reason is None:
+                try:
+                    program.attach(f"tp_{probe.tracepoint}", probe.tracepoint)
+                except BpfError as error:
+                    if probe.required or self.direct:
+                        raise
+                    reason = str(error)
+            if reason is None:
+                self.attached.append(probe.tracepoint)
+            elif probe.required:
+                raise RspliceError(f"cannot attach to {probe.tracepoint}: {reason}")
+            else:
+                self.missing.append(MissingProbe(probe.tracepoint, reason, probe.cost))
+
+    def follow(self, pid: int) -> None:
+        """Follows process *pid* (a thread group) and the children it makes from now on."""
+        comm = _comm_of(pid)
+        key = pid << 32 | (int.from_bytes(os.urandom(4), "little"))
+        self._processes.put(struct.pack("=Q", key), _PROCESS.pack(pid, 0, comm))
+        self._followed.put(struct.pack("=I", pid), struct.pack("=Q", key))
+
+    def alive(self) -> list[int]:
+        """The pids of followed processes that have not ended."""
+        return [struct.unpack("=I", key)[0] for key, _ in self._followed.items()]
+
+    def read(self) -> Reading:
+        """All tallies and processes so far: counts since the start, not differences."""
+        reading = Reading()
+        raw = {key: _sum(_TALLY, values) for key, values in self._tallies.items()}
+        queued: dict[int, int] = {}
+        for key, tally in raw.items():
+            process = _KEY.unpack(key)[0]
+            queued[process] = queued.get(process, 0) + tally[17]
+        sent = self._sent()
+        for key, counts in raw.items():
+            reading.tallies.append(self._tally(key, counts, sent.get(key, (0, 0))))
+        pages = {key: _sum(_PAGES, values) for key, values in self._pages.items()}
+        for packed, values in self._processes.items():
+            pid, _, comm = _PROCESS.unpack(values[0])
+            (key_number,) = struct.unpack("=Q", packed)
+            faults, mapped, inserted, removed = pages.get(packed, [0, 0, 0, 0])
+            counts_of = PageCounts(faults, mapped, queued.get(key_number, 0), inserted, removed)
+            name = comm.split(b"\0")[0].decode(errors="replace")
+            reading.processes.append(ProcessSeen(key_number, pid, name, counts_of))
+        for _, values in self._lost.items():
+            reading.events_lost += sum(struct.unpack("=Q", value)[0] for value in values)
+        return reading
+
+    def _sent(self) -> dict[bytes, tuple[int, int]]:
+        """Bytes of each tally whose page-cache pages were seen leaving a socket, by leg."""
+        sent: dict[bytes, tuple[int, int]] = {}
+        if self._flows is None:
+            return sent
+        for _, values in self._flows.items():
+            key, expected, seen, legs, _, _, _ = _FLOW.unpack(values[0])
+            proven = min(expected, seen)
+            before = sent.get(key, (0, 0))
+            sent[key] = (
+                before[0] + (proven if legs & 1 else 0),
+                before[1] + (proven if legs & 2 else 0),
+            )
+        return sent
+
+    def _tally(self, key: bytes, counts: list[int], sent: tuple[int, int]) -> Tally:
+        process, source, destination, via, flags = _KEY.unpack(key)
+        nbytes = counts[1]
+        identity: dict[tuple[int, str], int] = {}
+        for leg in (0, 1):
+            for i, disposition in enumerate(_DISPOSITIONS):
+                if counts[2 + 6 * leg + i]:
+                    identity[leg, disposition] = counts[2 + 6 * leg + i]
+            if sent[leg]:
+                identity[leg, "shared"] = identity.get((leg, "shared"), 0) + sent[leg]
+        measured = {(0, "copied"): counts[14]} if counts[14] else {}
+        declared = {(0, d): counts[i] for d, i in (("copied", 15), ("shared", 16)) if counts[i]}
+        _clamp(nbytes, measured, identity, declared)
+        return Tally(
+            process,
+            Endpoint(self._kind(source), bool(flags & _SRC_DIRECT), bool(flags & _SRC_DAX)),
+            Endpoint(self._kind(destination), bool(flags & _DST_DIRECT), bool(flags & _DST_DAX)),
+            operations.via_name(via),
+            frozenset(name for i, name in enumerate(_FLAGS) if flags & 1 << i),
+            counts[0],
+            nbytes,
+            identity,
+            measured,
+            declared,
+        )
+
+    def _kind(self, end: int) -> str:
+        if is_filesystem(end) and end & ~1 not in self._filesystems:
+            for address, values in self._names.items():
+                name = values[0].split(b"\0")[0].decode(errors="replace")
+                self._filesystems[struct.unpack("=Q", address)[0]] = name
+        return kind_name(end, self._filesystems)
+
+    def close(self) -> None:
+        self._program.close()
+
+
+def _sum(layout: struct.Struct, values: list[bytes]) -> list[int]:
+    """Adds up the values of all CPUs."""
+    return [sum(column) for column in zip(*(layout.unpack(v) for v in values), strict=True)]
+
+
+def _clamp(nbytes: int, *known: dict[tuple[int, str], int]) -> None:
+    """Takes back what is known twice, so that no leg knows more bytes than it carried.
+
+    The stronger kind of evidence comes first and keeps its bytes.
+    """
+    left = {0: nbytes, 1: nbytes}
+    for evidence in known:
+        for (leg, disposition), count in list(evidence.items()):
+            kept = min(count, left[leg])
+            left[leg] -= kept
+            if kept:
+                evidence[leg, disposition] = kept
+            else:
+                del evidence[leg, disposition]
+
+
+def _map_sizes(cpus: int) -> dict[str, int]:
+    """Entries of each map. Per-CPU values of many CPUs must not eat the machine: 32 MiB at most."""
+    tallies = max(2048, min(16384, (32 << 20) // (_TALLY.size * cpus)))
+    return {"MAX_PROCESSES": 16384, "MAX_TALLIES": tallies, "MAX_FLOWS": 16384}
+
+
+def _comm_of(pid: int) -> bytes:
+    """The process's name. RspliceError if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return file.read().rstrip(b"\n")[:15]
+    except OSError as error:
+        raise RspliceError(f"no process {pid}: {error.strerror}; check the pid") from error
+
+
+def _explain(error: BpfError) -> str:
+    if error.errno == errno.EPERM:
+        from rsplice.tracers.capability import reason
+
+        return reason() or f"the kernel refuses BPF: {error}"
+    return f"the kernel refuses a probe: {error}"
