@@ -27,7 +27,7 @@ RUN_PACKAGES="
 TEST_PACKAGES="
     make gcc libc6-dev gcc-multilib liburing-dev cppcheck groff-base git
     btrfs-progs xfsprogs e2fsprogs util-linux procps
-    bpftool strace curl nginx-light|nginx rsync socat tar tmux
+    bpftool strace curl nginx-light|nginx rsync socat tar tmux zstd debian-archive-keyring
 "
 BENCH_PACKAGES="bpftrace linux-perf|linux-tools-generic wrk"
 

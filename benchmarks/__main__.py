@@ -31,6 +31,7 @@ def machine() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / (1 << 30)),
         "kernel": os.uname().release,
+        "load": os.getloadavg()[0],
     }
 
 

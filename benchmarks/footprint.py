@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -42,7 +43,7 @@ def memory() -> dict[str, int]:
     ) as process:
         while process.poll() is None:
             pids = family(process.pid, command)
-            process_peak = max(process_peak, sum(peak_memory(pid) for pid in pids))
+            process_peak = max(process_peak, *(peak_memory(pid) for pid in pids))
             maps_peak = max(maps_peak, map_memory(pids))
             time.sleep(0.2)
         if process.returncode:
@@ -75,18 +76,20 @@ def live_cpu(loop: Path) -> dict[str, float]:
         *(*RSPLICE, "live", "--"),
         *(str(loop), "-R", str(LIVE_CALLS_PER_S), "-o", str(result), work),
     )
-    with _on_terminal(command) as (pid, terminal):
+    with _on_terminal(command) as (process, terminal):
         _drain(terminal, _SETTLE_S)
-        used, start = _cpu_seconds(family(pid, command)), time.monotonic()
+        rsplice = family(process.pid, command)
+        used, start = _cpu_seconds(rsplice), time.monotonic()
         _drain(terminal, _WATCH_S)
-        used = _cpu_seconds(family(pid, command)) - used
+        used = _cpu_seconds(rsplice) - used
         elapsed = time.monotonic() - start
-        if not Path(f"/proc/{pid}/stat").exists() or used < 0:
+        if process.poll() is not None:
             raise Unavailable("rsplice live ended before its workload")
         _drain(terminal, seconds)
-    if not result.exists() or not result.read_text():
+    if not result.exists() or not (text := result.read_text()):
         raise Unavailable("rsplice live did not run its workload to the end")
-    return {"per_cent": 100 * used / elapsed, "calls_per_s": LIVE_CALLS_PER_S}
+    (run,) = json.loads(text)["runs"]
+    return {"per_cent": 100 * used / elapsed, "calls_per_s": 2e9 / run["ns_per_pair"][0]}
 
 
 def family(pid: int, command: tuple[str, ...]) -> list[int]:
@@ -152,7 +155,7 @@ def _cpu_seconds(pids: list[int]) -> float:
 
 
 @contextmanager
-def _on_terminal(command: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+def _on_terminal(command: tuple[str, ...]) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color"}
@@ -167,7 +170,7 @@ def _on_terminal(command: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     )
     os.close(theirs)
     try:
-        yield process.pid, ours
+        yield process, ours
     finally:
         process.terminate()
         end(process)

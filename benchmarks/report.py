@@ -18,6 +18,9 @@ from benchmarks.web import LOAD, SIZES
 
 MIB = 1 << 20
 
+#: The load average of the last minute up to which a machine counts as quiet.
+QUIET_LOAD = 0.5
+
 #: The specs whose calls an audit counts.
 _COUNTED = ("splice-4K", "splice-64K", "copy-4K")
 
@@ -66,6 +69,8 @@ def _beaten(what: str, times: float, reading: float | None) -> Target:
 
 def show(console: Console, result: dict[str, Any], titles: dict[str, str]) -> None:
     """Prints the tables."""
+    if result["machine"]["load"] > QUIET_LOAD:
+        console.print("Other work was running: these readings are not to be trusted.")
     table = _plain_table("Time per pair of calls: times untraced, and ns added to each call")
     table.add_column(no_wrap=True)
     for spec in SPECS:
@@ -174,7 +179,7 @@ def _machine(result: dict[str, Any]) -> str:
     m = result["machine"]
     return (
         f"{m['processor']}, {m['processors']} processors, {m['memory_gib']} GiB of memory, "
-        f"Linux {m['kernel']}."
+        f"Linux {m['kernel']}; load average when it started: {m['load']:.2f}."
     )
 
 
@@ -234,11 +239,15 @@ def _footprint_section(result: dict[str, Any]) -> str:
         rows.append(["peak memory of rsplice", f"{found['memory']['process_bytes'] / MIB:.1f} MiB"])
         rows.append(["memory of its BPF maps", f"{found['memory']['maps_bytes'] / MIB:.1f} MiB"])
     if "live_cpu" in found:
-        rows.append(["dashboard", f"{found['live_cpu']['per_cent']:.1f} % of one processor"])
+        rows.append(["dashboard", _live(found["live_cpu"])])
     if "start_s" in found:
         starts = ", ".join(f"{s:.2f}" for s in found["start_s"])
         rows.append(["from start to the command's start", f"{starts} s"])
     return "## rsplice itself\n\n" + (_table(["", "reading"], rows) if rows else "Not measured.")
+
+
+def _live(found: dict[str, float]) -> str:
+    return f"{found['per_cent']:.1f} % of one processor, at {found['calls_per_s']:,.0f} calls/s"
 
 
 def _missing_section(result: dict[str, Any], titles: dict[str, str]) -> str:

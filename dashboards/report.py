@@ -108,7 +108,8 @@ def accuracy_style(audit: Audit) -> str:
 
 def _terminal_width(file: IO[str]) -> int:
     try:
-        return max(_WIDTH_MIN, os.get_terminal_size(file.fileno()).columns)
+        # A terminal that nobody has told its size has 0 columns.
+        return max(_WIDTH_MIN, os.get_terminal_size(file.fileno()).columns or WIDTH)
     except OSError:
         return WIDTH
 

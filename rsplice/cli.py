@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :return: the exit status
     """
-    _escape_unencodable()
-    status = EXIT_FAILED
+    _mend_streams()
+    status = 0
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -61,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         silence(sys.stdout)
-        return 0 if status == EXIT_FAILED else status
     except OSError as error:
         silence(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
@@ -114,8 +114,12 @@ def _help(module: ModuleType) -> tuple[str, str]:
     return description, heading + examples
 
 
-def _escape_unencodable() -> None:
-    """What a terminal's encoding lacks is shown as an escape instead of failing."""
+def _mend_streams() -> None:
+    """Closed streams go nowhere; what a terminal's encoding lacks is shown as an escape."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -11,9 +11,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.filesystems import Scratch, filesystem_of, loop_mount, missing
 from tests.support.run import Driver
+
+# The same examples every time, and no database: a run can be repeated.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 DRIVERS = Path(__file__).parent / "drivers"
 

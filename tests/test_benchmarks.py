@@ -42,7 +42,13 @@ def readings(**by_tracer: float) -> calls.Readings:
 def result(**by_tracer: float) -> dict[str, Any]:
     rates = {"untraced": [1000.0], "audited": [980.0]}
     return {
-        "machine": {"processor": "A|B", "processors": 2, "memory_gib": 4, "kernel": "6.18"},
+        "machine": {
+            "processor": "A|B",
+            "processors": 2,
+            "memory_gib": 4,
+            "kernel": "6.18",
+            "load": 0.25,
+        },
         "rounds": 1,
         "calls": calls.compare(readings(**by_tracer)),
         "web": {size: web.compare(rates) for size in web.SIZES},
@@ -146,9 +152,16 @@ def test_table_fits_80_columns_and_names_what_is_missing() -> None:
     assert "not measured: rsplice, all: exit status 125: [b]no BPF" in text
 
 
+def test_a_busy_machine_is_named() -> None:
+    document = result(untraced=1000)
+    assert "Other work" not in shown(document)
+    document["machine"]["load"] = 2.0
+    assert "Other work was running" in shown(document)
+
+
 def test_document_has_every_part() -> None:
     text = report.markdown(result(untraced=1000, off=1100), TITLES)
-    assert "A|B, 2 processors, 4 GiB of memory, Linux 6.18." in text
+    assert "A|B, 2 processors, 4 GiB of memory, Linux 6.18; load average" in text
     assert "| splice 64 KiB, rsplice all | at most 1.5 x untraced | not measured |  |" in text
     assert "| a counted call, worst | at most 60 ns more | 50.00 | met |" in text
     assert "| 64 KiB | 1,000 (1,000 to 1,000) | 980 (980 to 980) | 2.0 (2.0 to 2.0) |" in text

@@ -188,6 +188,12 @@ def test_a_closed_pipe_is_quiet(recording: str, words: list[str]) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+def test_closed_streams_are_no_error(recording: str) -> None:
+    words = [sys.executable, "-m", "rsplice", "replay", recording]
+    run = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *words], cwd=ROOT, check=False)
+    assert run.returncode == 0
+
+
 def test_help_into_a_closed_pipe_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)

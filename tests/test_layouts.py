@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rsplice.errors import RspliceError
+from rsplice.tracers import layout
 from rsplice.tracers.btf import RUNNING, Btf
 from rsplice.tracers.layout import FEATURES, FIELDS, Field, Layout, resolve
 from rsplice.tracers.tracer import PROBES
@@ -116,6 +118,14 @@ ARGUMENTS: dict[str, dict[int, tuple[str, ...]]] = {
     # The request is the second argument; the result follows it, by value or as a completion.
     "io_uring_complete": {1: ("void *",), 2: ("struct io_uring_cqe *", "u64")},
 }
+
+
+#: Fields of which the BPF programs read, on purpose, more or less than they are wide (bytes).
+OTHER_WIDTHS = {
+    "KIOCB_FLAGS": 4,  # the low half has all flags that are looked at
+}
+
+BPF_SOURCES = Path(layout.__file__).parent / "bpf"
 
 
 # --- another reader -------------------------------------------------------------------------------
@@ -329,6 +339,32 @@ def test_the_alternative_that_each_kernel_has(debian: Kernel, name: str) -> None
     place = debian.walker.place(path) if path else None
     assert chosen(debian, field) == path
     assert debian.layout.constants.get(name) == (place[0] if place else None)
+
+
+def widths_in_bpf_text() -> dict[str, set[int]]:
+    """Constant -> bytes read at it, from every ``read<bits>(... + CONSTANT)``."""
+    text = "".join(path.read_text() for path in sorted(BPF_SOURCES.glob("*.[ch]")))
+    widths: dict[str, set[int]] = {}
+    for constant in re.finditer(r"\b([A-Z][A-Z0-9_]+)\)", text):
+        at, depth = constant.start(), 1
+        while depth:
+            at -= 1
+            depth += {")": 1, "(": -1}.get(text[at], 0)
+        read = re.search(r"\bread(8|16|32|64)$", text[at - 8 : at])
+        if read:
+            widths.setdefault(constant[1], set()).add(int(read[1]) // 8)
+    return widths
+
+
+def test_the_programs_read_as_many_bytes_as_a_field_has(kernel: Kernel) -> None:
+    widths = widths_in_bpf_text()
+    looked_at = [field for field in FIELDS if field.name in widths]
+    assert len(looked_at) > len(FIELDS) // 2
+    for field in looked_at:
+        path = chosen(kernel, field)
+        place = kernel.walker.place(path) if path else None
+        allowed = {place[1], OTHER_WIDTHS.get(field.name)} if place else set()
+        assert not place or widths[field.name] <= allowed, path
 
 
 def test_sizes_of_what_is_walked_as_an_array(kernel: Kernel) -> None:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import pty
+import struct
+import termios
 from html.parser import HTMLParser
 from pathlib import Path as File
 
@@ -143,6 +147,16 @@ def test_wide_reports_use_the_room() -> None:
     assert lines[3] == "PATH".ljust(74) + EXPECTED.splitlines()[3][34:]
     name = "user memory -> block device /dev/nvme0n1p1 via io_uring write"
     assert any(line.startswith(name) and line.endswith("inferred") for line in lines)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, 80), (50, 64), (131, 131)])
+def test_the_width_is_the_terminals(columns: int, width: int) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    with open(slave, "w") as file, open(master, "rb", buffering=0) as screen:
+        print_report(audit_of(splice_path()), file, color=False)
+        lines = screen.read(4096).decode().splitlines()
+    assert lines[3] == "PATH".ljust(width - 46) + EXPECTED.splitlines()[3][34:]
 
 
 def test_colour_only_on_a_terminal_without_no_color(monkeypatch: pytest.MonkeyPatch) -> None:

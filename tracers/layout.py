@@ -167,8 +167,8 @@ FIELDS: list[Field] = [
         KIOCB_FLAGS io_kiocb.flags
         KIOCB_TASK io_kiocb.tctx | io_kiocb.task
         KIOCB_CTX io_kiocb.ctx
-        KIOCB_USER_DATA io_kiocb.cqe.user_data | io_kiocb.user_data
-        IO_SPLICE_FD_IN io_splice.splice_fd_in | io_splice.file_in
+        KIOCB_USER_DATA io_kiocb.cqe.user_data
+        IO_SPLICE_FD_IN io_splice.splice_fd_in
         IO_SPLICE_FLAGS io_splice.flags
         IO_SPLICE_OFF_IN io_splice.off_in
         """,
@@ -243,12 +243,8 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     task = btf.member("io_uring_task.task")
     constants["KIOCB_TASK_IS_TCTX"] = int(tctx is not None)
     constants["TCTX_TASK"] = task.offset if task else 0
-    # Up to 6.14 io_splice held the input file itself; later its descriptor.
-    constants["IO_SPLICE_HAS_FD"] = int(btf.member("io_splice.splice_fd_in") is not None)
     args = btf.tracepoint_args("io_uring_complete") or []
     constants["URING_COMPLETE_HAS_CQE"] = int("struct io_uring_cqe *" in args)
-    # page.compound_info (7.x) encodes the head as a mask where struct page is a power of two.
-    constants["HEAD_IS_MASK"] = int(btf.member("page.compound_head") is None)
     # Zero-copy sends came with 6.0; before that nothing has these flags.
     send = btf.member("io_sr_msg.flags")
     constants["IO_SEND_FLAGS"] = send.offset if send else 0

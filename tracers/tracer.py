@@ -29,6 +29,7 @@ class Probe:
     :param feature: the layout feature that it needs
     :param required: whether there is no audit without it
     :param identity: whether it serves page comparison only
+    :param older: the tracepoint's name on older kernels, with the same first argument
     """
 
     tracepoint: str
@@ -36,6 +37,15 @@ class Probe:
     feature: str = "core"
     required: bool = False
     identity: bool = False
+    older: str = ""
+
+    def name_on(self, btf: Btf) -> str | None:
+        """The tracepoint's name on this kernel, None where it has none that fits."""
+        if btf.tracepoint_id(self.tracepoint) is not None:
+            return self.tracepoint
+        # Before 5.19 io_uring_submit_sqe had the ring in front of the request.
+        arguments = btf.tracepoint_args(self.older) if self.older else None
+        return self.older if arguments and arguments[0] == "struct io_kiocb *" else None
 
 
 PROBES = (
@@ -51,7 +61,12 @@ PROBES = (
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse", identity=True),
-    Probe("io_uring_submit_req", "multishot completions are not seen", "io_uring"),
+    Probe(
+        "io_uring_submit_req",
+        "multishot completions are not seen",
+        "io_uring",
+        older="io_uring_submit_sqe",
+    ),
     Probe("io_uring_complete", layouts.FEATURES["io_uring"], "io_uring"),
 )
 
@@ -147,11 +162,12 @@ class Tracer:
             if probe.identity and self.identity == "off":
                 continue
             reason = layout.missing.get(probe.feature)
-            if reason is None and btf.tracepoint_id(probe.tracepoint) is None:
+            name = probe.name_on(btf)
+            if reason is None and name is None:
                 reason = "this kernel has no such tracepoint"
-            if reason is None:
+            if reason is None and name is not None:
                 try:
-                    program.attach(f"tp_{probe.tracepoint}", probe.tracepoint)
+                    program.attach(f"tp_{probe.tracepoint}", name)
                 except BpfError as error:
                     if probe.required or self.direct:
                         raise

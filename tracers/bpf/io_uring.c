@@ -38,16 +38,12 @@ static __always_inline u64 submitter(u64 request)
 	return KIOCB_TASK_IS_TCTX ? read64(task + TCTX_TASK) : task;
 }
 
-/* splice and tee keep their input as a descriptor of the submitter; before 6.15 as a file. */
+/* splice and tee keep their input as a descriptor of the submitter, or of the ring: unknown. */
 static __always_inline u64 splice_source(u64 request, u64 task)
 {
-	u64 fd = read64(request + IO_SPLICE_FD_IN);
-
-	if (!IO_SPLICE_HAS_FD)
-		return fd;
 	if (read32(request + IO_SPLICE_FLAGS) & SPLICE_F_FD_IN_FIXED)
 		return 0;
-	return file_of(task, fd);
+	return file_of(task, read32(request + IO_SPLICE_FD_IN));
 }
 
 static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, u64 task,

@@ -13,14 +13,18 @@ struct folio {
 	bool mapped; /* in some page table */
 };
 
-/* page_folio() (include/linux/page-flags.h) */
+/*
+ * compound_head() (include/linux/page-flags.h). A tail page has bit 0 set and holds the head's
+ * address, or from 7.0 on, where struct pages are saved (HUGETLB_PAGE_OPTIMIZE_VMEMMAP), a mask
+ * that leads to it. A mask has all high bits set, higher than any struct page lies.
+ */
 static __always_inline u64 head_of(u64 page)
 {
 	u64 head = read64(page + PAGE_HEAD);
 
 	if (!(head & 1))
 		return page;
-	return HEAD_IS_MASK ? page & head : head - 1;
+	return (s64)head > -(1LL << 40) ? page & head : head - 1;
 }
 
 /* folio_nr_pages() (include/linux/mm.h); 1 where this kernel's layout does not tell. */
