@@ -70,7 +70,7 @@ def _beaten(what: str, times: float, reading: float | None) -> Target:
 def show(console: Console, result: dict[str, Any], titles: dict[str, str]) -> None:
     """Prints the tables."""
     if result["machine"]["load"] > QUIET_LOAD:
-        console.print("Other work was running: these readings are not to be trusted.")
+        console.print(_BUSY)
     table = _plain_table("Time per pair of calls: times untraced, and ns added to each call")
     table.add_column(no_wrap=True)
     for spec in SPECS:
@@ -149,6 +149,8 @@ _INTRODUCTION = """\
 What following a program costs that program, and what rsplice takes itself. `make bench` measures it
 all again, `python -m benchmarks --write-docs` writes this page. The figures are of one machine:"""
 
+_BUSY = "Other work was running: these readings are not to be trusted."
+
 _METHOD = """\
 ## How it was measured
 
@@ -177,9 +179,10 @@ _METHOD = """\
 
 def _machine(result: dict[str, Any]) -> str:
     m = result["machine"]
+    busy = f" {_BUSY}" if m["load"] > QUIET_LOAD else ""
     return (
         f"{m['processor']}, {m['processors']} processors, {m['memory_gib']} GiB of memory, "
-        f"Linux {m['kernel']}; load average when it started: {m['load']:.2f}."
+        f"Linux {m['kernel']}; load average when it started: {m['load']:.2f}.{busy}"
     )
 
 
@@ -197,7 +200,14 @@ def _spread(summary: dict[str, float], form: str) -> str:
 
 def _targets_section(result: dict[str, Any]) -> str:
     rows = [_target_cells(target) for target in targets(result)]
-    return "## Targets\n\n" + _table(["", "target", "reading", ""], rows)
+    section = "## Targets\n\n" + _table(["", "target", "reading", ""], rows)
+    if "floor" not in result["calls"]:
+        return section
+    least = [row["added_ns_per_call"]["median"] for row in result["calls"]["floor"].values()]
+    return (
+        f"{section}\n\nAn empty BPF program on sys_exit, which no tracer of system calls through BPF "
+        f"can undercut,\nadds {min(least):.0f} to {max(least):.0f} ns to a call here."
+    )
 
 
 def _calls_section(result: dict[str, Any], titles: dict[str, str]) -> str:

@@ -157,6 +157,7 @@ def test_a_busy_machine_is_named() -> None:
     assert "Other work" not in shown(document)
     document["machine"]["load"] = 2.0
     assert "Other work was running" in shown(document)
+    assert "Other work was running" in report.markdown(document, TITLES)
 
 
 def test_document_has_every_part() -> None:
@@ -167,6 +168,9 @@ def test_document_has_every_part() -> None:
     assert "| 64 KiB | 1,000 (1,000 to 1,000) | 980 (980 to 980) | 2.0 (2.0 to 2.0) |" in text
     assert "| peak memory of rsplice | 90.0 MiB |" in text
     assert "## Not measured" not in text
+    assert "Other work" not in text
+    text = report.markdown(result(untraced=1000, floor=1090), TITLES)
+    assert "adds 45 to 45 ns to a call here" in text
     document = result(untraced=1000)
     document["footprint"]["missing"] = {"live_cpu": "no terminal"}
     assert "## Not measured\n\n- live_cpu: no terminal\n" in report.markdown(document, TITLES)

@@ -171,7 +171,7 @@ class Program:
         try:
             with _quiet() as messages:
                 os.dup2(messages.fd, 2)
-                self._bcc = BPF(text=text)
+                self._bcc = BPF(text=text, cflags=["-g0", "-w"])
         except Exception as error:
             raise RspliceError(
                 f"BCC cannot compile the probes: {messages.text() or error}"
@@ -194,19 +194,23 @@ class Program:
             possible_cpus() if percpu else 1,
         )
 
-    def attach(self, function: str, tracepoint: str) -> None:
-        """Loads *function* and attaches it to the raw tracepoint. BpfError on failure."""
-        program = self._load(function, tracepoint)
+    def attach(self, program: int, tracepoint: str) -> None:
+        """Attaches a loaded program, which it takes over, to the raw tracepoint it is for.
+
+        BpfError on failure.
+        """
         try:
             name = _ffi.new("char[]", tracepoint.encode())
             where = 0 if self._direct else _address(name)
-            link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", where, program, 0))
+            self._fds.append(_bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", where, program, 0)))
         finally:
             os.close(program)
-        os.set_inheritable(link, False)
-        self._fds.append(link)
 
-    def _load(self, function: str, tracepoint: str) -> int:
+    def load(self, function: str, tracepoint: str) -> int:
+        """Has the kernel check *function* for *tracepoint*; the program's descriptor.
+
+        BpfError on failure. Several threads may load at once.
+        """
         encoded = function.encode()
         start = self._lib.bpf_function_start(self._bcc.module, encoded)
         size = self._lib.bpf_function_size(self._bcc.module, encoded)

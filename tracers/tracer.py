@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from rsplice.audit import Endpoint, MissingProbe, PageCounts
@@ -157,27 +158,39 @@ class Tracer:
                 calls.put(struct.pack("=I", number), struct.pack("=Q", entry))
 
     def _attach_all(self, program: Program, btf: Btf, layout: layouts.Layout) -> None:
-        # sys_exit last: it is the one that every process of the machine pays for.
-        for probe in sorted(PROBES, key=lambda p: p.tracepoint == "sys_exit"):
-            if probe.identity and self.identity == "off":
-                continue
-            reason = layout.missing.get(probe.feature)
-            name = probe.name_on(btf)
-            if reason is None and name is None:
-                reason = "this kernel has no such tracepoint"
-            if reason is None and name is not None:
-                try:
-                    program.attach(f"tp_{probe.tracepoint}", name)
-                except BpfError as error:
-                    if probe.required or self.direct:
-                        raise
-                    reason = str(error)
-            if reason is None:
+        """Loads all programs side by side, then attaches them.
+
+        sys_exit comes last: it is the one that every process of the machine pays for.
+        """
+        wanted = [p for p in PROBES if self.identity != "off" or not p.identity]
+        with ThreadPoolExecutor() as pool:
+            loads = [
+                (p, name, pool.submit(program.load, f"tp_{p.tracepoint}", name))
+                for p in wanted
+                if (name := self._name_of(p, btf, layout))
+            ]
+        loads.sort(key=lambda load: load[0].tracepoint == "sys_exit")
+        for probe, name, load in loads:
+            try:
+                program.attach(load.result(), name)
                 self.attached.append(probe.tracepoint)
-            elif probe.required:
-                raise RspliceError(f"cannot attach to {probe.tracepoint}: {reason}")
-            else:
-                self.missing.append(MissingProbe(probe.tracepoint, reason, probe.cost))
+            except BpfError as error:
+                if probe.required or self.direct:
+                    raise
+                self.missing.append(MissingProbe(probe.tracepoint, str(error), probe.cost))
+
+    def _name_of(self, probe: Probe, btf: Btf, layout: layouts.Layout) -> str | None:
+        """The tracepoint to attach to; None, and noted as missing, where there is none."""
+        name = probe.name_on(btf)
+        reason = layout.missing.get(probe.feature)
+        if reason is None and name is None:
+            reason = "this kernel has no such tracepoint"
+        if reason is None:
+            return name
+        if probe.required:
+            raise RspliceError(f"cannot attach to {probe.tracepoint}: {reason}")
+        self.missing.append(MissingProbe(probe.tracepoint, reason, probe.cost))
+        return None
 
     def follow(self, pid: int) -> None:
         """Follows process *pid* (a thread group) and the children it makes from now on."""

@@ -195,6 +195,19 @@ def test_no_privilege(needs: Needs, tmp_path: Path, dropped: list[str], named: s
 
 
 @PRIVILEGED
+def test_another_user(needs: Needs) -> None:
+    needs("setpriv")
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    usable = [*nobody, sys.executable, "-c", "import rsplice.tracers.btf"]
+    if subprocess.run(usable, cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("the user nobody may not read this checkout or its Python")
+    result = audit(["true"], "--json", "/dev/null", launcher=nobody)
+    assert result.status == 125
+    assert "CAP_BPF" in result.message
+    assert "root" in result.message
+
+
+@PRIVILEGED
 def test_no_btf(needs: Needs, tmp_path: Path) -> None:
     needs("unshare")
     hide = f'mount --bind {tmp_path} /sys/kernel/btf && exec "$@"'

@@ -70,6 +70,33 @@ def test_running_process_is_followed_from_now_on(
     assert result.json["exit_status"] is None
 
 
+def leave_behind(command: list[str]) -> Running:
+    """An audit of a shell that has ended with status 7, and whose child waits for its input."""
+    shell = 'exec 3<&0; "$@" <&3 & exit 7'
+    running = Running(["sh", "-c", shell, "sh", *command, "-W"], stdin=subprocess.PIPE)
+    assert running.process.stderr
+    assert b"sh has ended; following 1 " in running.process.stderr.readline()
+    return running
+
+
+def test_what_the_command_leaves_behind_is_followed_to_its_end(
+    driver: Driver, ext4: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    result = leave_behind(driver.command(report, ext4, "read")).finish()
+    assert result.status == result.json["exit_status"] == 7
+    assert result.counts("driver") == own_count(report)
+
+
+def test_sigterm_ends_the_waiting_for_what_is_left_behind(
+    driver: Driver, ext4: Path, tmp_path: Path
+) -> None:
+    running = leave_behind(driver.command(tmp_path / "report.json", ext4, "read"))
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(timeout=20) == 7
+    assert running.finish().counts("driver") == {}
+
+
 def test_other_processes_are_not_counted(driver: Driver, ext4: Path, tmp_path: Path) -> None:
     """The twin of -p: what runs meanwhile, and is no descendant, stays out."""
     outside = driver.command(tmp_path / "outside.json", ext4, "read", "-n", "1009")
