@@ -205,8 +205,9 @@ def _targets_section(result: dict[str, Any]) -> str:
         return section
     least = [row["added_ns_per_call"]["median"] for row in result["calls"]["floor"].values()]
     return (
-        f"{section}\n\nAn empty BPF program on sys_exit, which no tracer of system calls through BPF "
-        f"can undercut,\nadds {min(least):.0f} to {max(least):.0f} ns to a call here."
+        f"{section}\n\n"
+        "An empty BPF program on sys_exit, the least that a BPF tracer of system calls costs,\n"
+        f"adds {min(least):.0f} to {max(least):.0f} ns to a call here."
     )
 
 

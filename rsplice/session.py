@@ -88,6 +88,7 @@ class Session:
 
     def wait(self, seconds: float) -> None:
         """Waits until *seconds* have passed, nobody is left, or a signal came."""
+        self.tracer.make_room()
         deadline = time.monotonic() + seconds
         while self.running:
             left = deadline - time.monotonic()
@@ -112,6 +113,7 @@ class Session:
         return audit
 
     def _read(self) -> Audit:
+        self.tracer.make_room()
         reading = self.tracer.read()
         ledger = Ledger(kernel_version())
         for tally in reading.tallies:

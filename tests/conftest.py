@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.filesystems import Scratch, filesystem_of, loop_mount, missing
-from tests.support.run import Driver
+from tests.support.run import Driver, end_unfinished, process
 
 # The same examples every time, and no database: a run can be repeated.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
@@ -130,7 +130,12 @@ def scratch(scratch_filesystem: Scratch) -> Iterator[Scratch]:
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does nothing, and is ended with the test."""
-    with subprocess.Popen(["sleep", "1000"]) as process:
-        yield process
-        process.kill()
+    """A process that does nothing."""
+    with process(["sleep", "1000"]) as sleep:
+        yield sleep
+
+
+@pytest.fixture(autouse=True)
+def _no_audit_left() -> Iterator[None]:
+    yield
+    end_unfinished()

@@ -171,7 +171,7 @@ class Program:
         try:
             with _quiet() as messages:
                 os.dup2(messages.fd, 2)
-                self._bcc = BPF(text=text, cflags=["-g0", "-w"])
+                self._bcc = BPF(text=text.encode(), cflags=["-g0", "-w"])
         except Exception as error:
             raise RspliceError(
                 f"BCC cannot compile the probes: {messages.text() or error}"
@@ -185,7 +185,7 @@ class Program:
         return bool(self._lib.bpf_function_start(self._bcc.module, function.encode()))
 
     def map(self, name: str) -> Map:
-        table = self._bcc[name]
+        table = self._bcc[name.encode()]
         percpu = "PerCpu" in type(table).__name__
         return Map(
             table.map_fd,

@@ -74,6 +74,8 @@ PROBES = (
 # bpf/maps.h
 _KEY = struct.Struct("=QQQII")
 _TALLY = struct.Struct("=18Q")
+_RECENT_KEY = 32
+_SLOTS, _CROWDED = 65536, 1  # bpf/processes.h
 _PROCESS = struct.Struct("=II16s")
 _PAGES = struct.Struct("=4Q")
 _FLOW_KEY_SIZE = 24
@@ -81,6 +83,11 @@ _FLOW = struct.Struct("=32sQQIIII")
 _DISPOSITIONS = ("copied", "shared", "moved", "direct", "remapped", "discarded")
 _FLAGS = ("compat", "zerocopy", "loopback", "trunc", "peek", "move", "gift", "remap", "errqueue")
 _SRC_DIRECT, _SRC_DAX, _DST_DIRECT, _DST_DAX = 1 << 9, 1 << 10, 1 << 11, 1 << 12
+
+#: How often counters are read again because some of them moved meanwhile.
+_READ_TRIES = 5
+#: So many ended processes are worth a walk through the maps.
+_RETIRE_AT = 2048
 
 
 @dataclass
@@ -114,12 +121,20 @@ class Tracer:
         self._tallies = self._program.map("tallies")
         self._processes = self._program.map("processes")
         self._followed = self._program.map("followed")
+        self._slots = self._program.map("slots")
+        self._recents = self._program.map("recents")
+        self._moved = self._program.map("nr_moved")
         self._pages = self._program.map("page_counts")
         self._lost = self._program.map("lost")
         self._names = self._program.map("filesystem_names")
         has_flows = "net_dev_start_xmit" in self.attached
         self._flows: Map | None = self._program.map("flows") if has_flows else None
         self._filesystems: dict[int, str] = {}
+        self._ended = self._program.map("nr_ended")
+        # Of processes that have ended: taken out of the kernel's maps to make room.
+        self._retired: dict[bytes, list[int]] = {}
+        self._retired_pages: dict[bytes, list[int]] = {}
+        self._retired_processes: dict[bytes, bytes] = {}
 
     def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
         """Compiles and attaches; falls back to the slower reads where the faster are refused."""
@@ -198,33 +213,87 @@ class Tracer:
         key = pid << 32 | (int.from_bytes(os.urandom(4), "little"))
         self._processes.put(struct.pack("=Q", key), _PROCESS.pack(pid, 0, comm))
         self._followed.put(struct.pack("=I", pid), struct.pack("=Q", key))
+        slot = struct.pack("=I", pid % _SLOTS)
+        (taken,) = struct.unpack("=Q", (self._slots.get(slot) or [bytes(8)])[0])
+        mine = taken == 0 or taken >> 32 == pid
+        self._slots.put(slot, struct.pack("=Q", key if mine else _CROWDED))
 
     def alive(self) -> list[int]:
         """The pids of followed processes that have not ended."""
         return [struct.unpack("=I", key)[0] for key, _ in self._followed.items()]
 
+    def make_room(self) -> None:
+        """Takes what ended processes left out of the kernel's maps, if it is worth the time.
+
+        Call it now and then: a run may start more processes than the maps have room for.
+        """
+        if self._count(self._ended) - len(self._retired_processes) < _RETIRE_AT:
+            return
+        gone = {
+            key: values[0]
+            for key, values in self._processes.items()
+            if _PROCESS.unpack(values[0])[1]
+        }
+        for key, values in self._tallies.items():
+            if key[:8] in gone:
+                before = self._retired.get(key, [0] * 18)
+                self._retired[key] = _add(before, _sum(_TALLY, values))
+                self._tallies.delete(key)
+        for key, values in self._pages.items():
+            if key in gone:
+                before = self._retired_pages.get(key, [0] * 4)
+                self._retired_pages[key] = _add(before, _sum(_PAGES, values))
+                self._pages.delete(key)
+        for key, process in gone.items():
+            self._retired_processes[key] = process
+            self._processes.delete(key)
+
     def read(self) -> Reading:
         """All tallies and processes so far: counts since the start, not differences."""
         reading = Reading()
-        raw = {key: _sum(_TALLY, values) for key, values in self._tallies.items()}
-        queued: dict[int, int] = {}
+        raw = self._raw_tallies()
+        queued: dict[bytes, int] = {}
         for key, tally in raw.items():
-            process = _KEY.unpack(key)[0]
-            queued[process] = queued.get(process, 0) + tally[17]
+            queued[key[:8]] = queued.get(key[:8], 0) + tally[17]
         sent = self._sent()
         for key, counts in raw.items():
             reading.tallies.append(self._tally(key, counts, sent.get(key, (0, 0))))
-        pages = {key: _sum(_PAGES, values) for key, values in self._pages.items()}
-        for packed, values in self._processes.items():
-            pid, _, comm = _PROCESS.unpack(values[0])
-            (key_number,) = struct.unpack("=Q", packed)
-            faults, mapped, inserted, removed = pages.get(packed, [0, 0, 0, 0])
-            counts_of = PageCounts(faults, mapped, queued.get(key_number, 0), inserted, removed)
+        pages = dict(self._retired_pages)
+        for key, values in self._pages.items():
+            pages[key] = _add(pages.get(key, [0] * 4), _sum(_PAGES, values))
+        processes = dict(self._retired_processes)
+        processes |= {key: values[0] for key, values in self._processes.items()}
+        for key, process in processes.items():
+            pid, _, comm = _PROCESS.unpack(process)
+            faults, mapped, inserted, removed = pages.get(key, [0] * 4)
+            counts_of = PageCounts(faults, mapped, queued.get(key, 0), inserted, removed)
             name = comm.split(b"\0")[0].decode(errors="replace")
-            reading.processes.append(ProcessSeen(key_number, pid, name, counts_of))
-        for _, values in self._lost.items():
-            reading.events_lost += sum(struct.unpack("=Q", value)[0] for value in values)
+            (number,) = struct.unpack("=Q", key)
+            reading.processes.append(ProcessSeen(number, pid, name, counts_of))
+        reading.events_lost = self._count(self._lost)
         return reading
+
+    def _raw_tallies(self) -> dict[bytes, list[int]]:
+        """Key -> counters, from wherever they stand: retired, in the hash, in front of it."""
+        for _ in range(_READ_TRIES):
+            moved = self._count(self._moved)
+            raw = dict(self._retired)
+            for key, values in self._tallies.items():
+                raw[key] = _add(raw.get(key, [0] * 18), _sum(_TALLY, values))
+            for _, values in self._recents.items():
+                for value in values:
+                    key = value[:_RECENT_KEY]
+                    if any(key[:8]):
+                        counts = list(_TALLY.unpack(value[_RECENT_KEY:]))
+                        raw[key] = _add(raw.get(key, [0] * 18), counts)
+            if self._count(self._moved) == moved:
+                break
+        return raw
+
+    @staticmethod
+    def _count(counters: Map) -> int:
+        """The sum of all values of a map of numbers."""
+        return sum(struct.unpack("=Q", v)[0] for _, values in counters.items() for v in values)
 
     def _sent(self) -> dict[bytes, tuple[int, int]]:
         """Bytes of each tally whose page-cache pages were seen leaving a socket, by leg."""
@@ -278,6 +347,10 @@ class Tracer:
         self._program.close()
 
 
+def _add(one: list[int], other: list[int]) -> list[int]:
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
 def _sum(layout: struct.Struct, values: list[bytes]) -> list[int]:
     """Adds up the values of all CPUs."""
     return [sum(column) for column in zip(*(layout.unpack(v) for v in values), strict=True)]
@@ -301,8 +374,8 @@ def _clamp(nbytes: int, *known: dict[tuple[int, str], int]) -> None:
 
 def _map_sizes(cpus: int) -> dict[str, int]:
     """Entries of each map. Per-CPU values of many CPUs must not eat the machine: 32 MiB at most."""
-    tallies = max(2048, min(16384, (32 << 20) // (_TALLY.size * cpus)))
-    return {"MAX_PROCESSES": 16384, "MAX_TALLIES": tallies, "MAX_FLOWS": 16384}
+    tallies = max(2048, min(8192, (32 << 20) // (_TALLY.size * cpus)))
+    return {"MAX_PROCESSES": 8192, "MAX_TALLIES": tallies, "MAX_FLOWS": 8192}
 
 
 def _comm_of(pid: int) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.attached import wait_for_command, wait_until_attached
-from tests.support.run import Driver, Running, audit, own_count
+from tests.support.run import Driver, Running, audit, own_count, process
 
 pytestmark = pytest.mark.privileged
 
@@ -59,7 +59,7 @@ def test_running_process_is_followed_from_now_on(
     """-p: the driver waits until the audit is attached; its children are followed too."""
     report = tmp_path / "report.json"
     command = driver.command(report, ext4, "fork", "-n", "23", "-W")
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as waiting:
+    with process(command, stdin=subprocess.PIPE) as waiting:
         assert waiting.stdin
         running = Running([], "-p", str(waiting.pid))
         wait_until_attached(running.pid)

@@ -8,7 +8,6 @@ strace's return values. What the program is known to do is asserted on top.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 from tests.support.filesystems import Scratch
 from tests.support.independent import cross_check
-from tests.support.run import Result, audit
+from tests.support.run import Result, audit, process
 
 pytestmark = pytest.mark.privileged
 
@@ -183,7 +182,7 @@ def test_socat_through_a_unix_socket(scratch: Scratch, needs: Needs) -> None:
     needs("socat")
     file = scratch.file("a", COUNT * 8192)
     name = scratch.path / "socket"
-    with subprocess.Popen(["socat", "-u", f"UNIX-LISTEN:{name}", "OPEN:/dev/null"]) as server:
+    with process(["socat", "-u", f"UNIX-LISTEN:{name}", "OPEN:/dev/null"]) as server:
         while not name.exists():
             assert server.poll() is None
             os.sched_yield()

@@ -39,11 +39,23 @@ def programs_of(pid: int) -> set[int]:
     return ids
 
 
-def children_of(pid: int) -> list[int]:
-    """The children of the main thread and of all others of *pid*."""
+def descendants_of(pid: int) -> list[int]:
+    """The children of *pid*, and theirs, youngest generation first."""
+    found: list[int] = []
+    generation = _children(pid)
+    while generation:
+        found = generation + found
+        generation = [child for parent in generation for child in _children(parent)]
+    return found
+
+
+def _children(pid: int) -> list[int]:
     children = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        children += [int(n) for n in (task / "children").read_text().split()]
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += [int(n) for n in (task / "children").read_text().split()]
+    except OSError:
+        pass  # it has ended
     return children
 
 
@@ -67,21 +79,11 @@ def wait_for_command(pid: int, comm: str) -> int:
     """The pid of the audited command *comm*, a descendant of rsplice, once it has been exec'd."""
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until:
-        generation = [pid]
-        while generation:
-            generation = [child for parent in generation for child in _children(parent)]
-            for child in generation:
-                if _comm(child) == comm:
-                    return child
+        for child in descendants_of(pid):
+            if _comm(child) == comm:
+                return child
         time.sleep(0.02)
     raise AssertionError(f"{comm} was not started")
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return children_of(pid)
-    except OSError:
-        return []
 
 
 def _comm(pid: int) -> str:

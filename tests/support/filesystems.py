@@ -83,6 +83,7 @@ def loop_mount(filesystem: str) -> Iterator[Path]:
             try:
                 yield point
             finally:
-                _run("umount", point)
+                # Lazily: a process that a failed test left behind may still use it.
+                _run("umount", "--lazy", point)
         finally:
             _run("losetup", "--detach", device)

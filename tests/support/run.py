@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+
+from tests.support.attached import descendants_of
 
 ROOT = Path(__file__).parents[2]
 RSPLICE = [sys.executable, "-m", "rsplice"]
@@ -94,6 +97,16 @@ class Result:
         return total
 
 
+#: Runs that nobody has waited for: see end_unfinished().
+_unfinished: list[Running] = []
+
+
+def end_unfinished() -> None:
+    """Kills the audits that a failed test left running, and what they audited."""
+    while _unfinished:
+        _unfinished.pop().kill()
+
+
 class Running:
     """An ``rsplice audit`` that runs; ``finish()`` waits for its end.
 
@@ -130,6 +143,7 @@ class Running:
             stdout=stdout,
             stderr=subprocess.PIPE,
         )
+        _unfinished.append(self)
 
     @property
     def pid(self) -> int:
@@ -140,10 +154,10 @@ class Running:
         try:
             stdout, stderr = self.process.communicate(timeout=DEADLINE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
+            self.kill()
             raise
         finally:
+            _unfinished[:] = [running for running in _unfinished if running is not self]
             text = self._report.read_text()
             self._report.unlink()
         return Result(
@@ -152,6 +166,13 @@ class Running:
             stderr.decode(errors="surrogateescape"),
             json.loads(text) if text else None,
         )
+
+    def kill(self) -> None:
+        """Kills rsplice and all of its descendants."""
+        for pid in [*descendants_of(self.pid), self.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
 
     def stop(self, number: int = signal.SIGTERM) -> Result:
         """Sends rsplice a signal, and finishes."""
@@ -195,3 +216,13 @@ def own_count(report: Path) -> Counts:
         legs = 2 if c["via"] in TWO_LEGS else 1
         total[c["via"], c["source"], c["destination"]] = (c["operations"], legs * c["bytes"])
     return total
+
+
+@contextmanager
+def process(command: Sequence[str | Path], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs meanwhile, and is killed at the end; *how* as for Popen."""
+    with subprocess.Popen(command, **how) as running:
+        try:
+            yield running
+        finally:
+            running.kill()

@@ -33,16 +33,63 @@ static __always_inline void fill_key(struct key *key, struct call *call)
 		     (call->destination.dax ? F_DST_DAX : 0);
 }
 
-/* The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full. */
-static __always_inline struct tally *tally_of(struct key *key)
+/*
+ * The tallies in use, per CPU, in front of the hash: found without a function call. Where two
+ * keys meet, the older goes back to the hash. The reader adds up both, and reads again when
+ * something moved meanwhile.
+ */
+#define RECENTS 64
+struct recent {
+	struct key key;
+	struct tally tally;
+};
+BPF_TABLE("percpu_array", u32, struct recent, recents, RECENTS);
+BPF_TABLE("percpu_array", u32, u64, nr_moved, 1);
+
+static __always_inline u32 recent_index(struct key *key)
 {
-	struct tally *tally = tallies.lookup(key);
+	u64 mix = key->process ^ key->source * 3 ^ key->destination * 5 ^ key->via * 7 ^ key->flags;
+
+	return mix * 0x9e3779b97f4a7c15ULL >> 58; /* Fibonacci hashing, to 6 bits */
+}
+
+static __always_inline bool same_key(struct key *one, struct key *other)
+{
+	return one->process == other->process && one->source == other->source &&
+	       one->destination == other->destination && one->via == other->via &&
+	       one->flags == other->flags;
+}
+
+static __always_inline void put_back(struct recent *recent)
+{
+	struct tally empty = {}, *tally = tallies.lookup_or_try_init(&recent->key, &empty);
+	u64 *from = (u64 *)&recent->tally, *to = (u64 *)tally, *moved;
+	u32 i, zero = 0;
+
+	if (!tally) {
+		count_lost(LOST_TALLY);
+		return;
+	}
+#pragma unroll
+	for (i = 0; i < sizeof(*tally) / 8; i++)
+		to[i] += from[i];
+	moved = nr_moved.lookup(&zero);
+	if (moved)
+		*moved += 1;
+}
+
+/* Makes room in the hash for a new kind of call. Returns false if it is full. */
+static __always_inline bool introduce(struct key *key)
+{
 	struct tally empty = {};
 	struct process *process;
 
-	if (tally)
-		return tally;
-	tallies.update(key, &empty);
+	if (tallies.lookup(key))
+		return true;
+	if (tallies.update(key, &empty)) {
+		count_lost(LOST_TALLY);
+		return false;
+	}
 	remember_name(key->source);
 	remember_name(key->destination);
 	/* Programs rename themselves: a new kind of call is a rare and good moment to look. */
@@ -50,10 +97,26 @@ static __always_inline struct tally *tally_of(struct key *key)
 	if (process && process->pid == bpf_get_current_pid_tgid() >> 32)
 		read_kernel(process->comm, sizeof(process->comm),
 			    (void *)(read64(bpf_get_current_task() + TASK_LEADER) + TASK_COMM));
-	tally = tallies.lookup(key);
-	if (!tally)
-		count_lost(LOST_TALLY);
-	return tally;
+	return true;
+}
+
+/* The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full. */
+static __always_inline struct tally *tally_of(struct key *key)
+{
+	u32 index = recent_index(key);
+	struct recent *recent = recents.lookup(&index);
+
+	if (!recent)
+		return 0;
+	if (same_key(&recent->key, key))
+		return &recent->tally;
+	if (!introduce(key))
+		return 0;
+	if (recent->key.process)
+		put_back(recent);
+	__builtin_memset(&recent->tally, 0, sizeof(recent->tally));
+	recent->key = *key;
+	return &recent->tally;
 }
 
 static __always_inline struct note *current_note(void)

@@ -29,7 +29,7 @@ struct uring_note {
 	u64 zerocopy_bytes; /* sent, and a notification is awaited */
 	struct key key;
 };
-BPF_TABLE("lru_hash", struct uring_key, struct uring_note, uring_notes, 10240);
+BPF_TABLE("lru_hash", struct uring_key, struct uring_note, uring_notes, 4096);
 
 static __always_inline u64 submitter(u64 request)
 {

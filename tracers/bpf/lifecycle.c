@@ -7,7 +7,7 @@ int tp_sched_process_fork(u64 *ctx)
 	u32 parent_tgid = read32(parent + TASK_TGID), child_tgid = read32(child + TASK_TGID);
 
 	/* The child does not run before this returns. A thread joins its group. */
-	if (parent_tgid != child_tgid && followed.lookup(&parent_tgid))
+	if (parent_tgid != child_tgid && process_of(parent_tgid, parent))
 		follow(child_tgid, child);
 	return 0;
 }
@@ -32,6 +32,7 @@ int tp_sched_process_exit(u64 *ctx)
 	u64 task = tracepoint_arg(ctx, 0), *key, signal;
 	u32 tgid = read32(task + TASK_TGID), tid = read32(task + TASK_PID);
 	struct process *process;
+	u32 zero = 0;
 
 	key = followed.lookup(&tgid);
 	if (!key)
@@ -45,7 +46,8 @@ int tp_sched_process_exit(u64 *ctx)
 		read_kernel(process->comm, sizeof(process->comm),
 			    (void *)(read64(task + TASK_LEADER) + TASK_COMM));
 		process->ended = 1;
+		nr_ended.increment(zero);
 	}
-	followed.delete(&tgid);
+	unfollow(tgid);
 	return 0;
 }

@@ -68,8 +68,9 @@ BPF_HASH(followed, u32, u64, MAX_PROCESSES); /* thread group -> key of the proce
 BPF_HASH(processes, u64, struct process, MAX_PROCESSES);
 BPF_TABLE("percpu_hash", struct key, struct tally, tallies, MAX_TALLIES);
 BPF_TABLE("percpu_hash", u64, struct page_counts, page_counts, MAX_PROCESSES);
-BPF_TABLE("lru_hash", u32, struct note, notes, 10240);
+BPF_TABLE("lru_hash", u32, struct note, notes, 4096);
 BPF_TABLE("percpu_array", u32, u64, lost, NR_LOST);
+BPF_ARRAY(nr_ended, u64, 1); /* processes that have ended: the reader makes room for others */
 
 struct name {
 	char text[32];

@@ -25,8 +25,13 @@ struct packet {
 	u32 nr_frags;
 	u32 linear; /* payload in front of the fragments, bytes */
 	u32 seq;    /* of the first payload byte */
-	bool tcp;
+	u32 tcp;
+	u32 followed;
+	struct folio folio;
 };
+
+/* Not on the stack for the verifier's sake, as in account.h. Transmission has softirqs off. */
+BPF_TABLE("percpu_array", u32, struct packet, packets, 1);
 
 static __always_inline u64 frag_mapping(struct folio *folio, u64 frag)
 {
@@ -45,8 +50,7 @@ static __always_inline void read_tcp(struct packet *packet, u64 skb, u64 head)
 	packet->linear = end - transport - (read8(transport + 12) >> 4) * 4;
 }
 
-static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 seq, u32 length,
-				       bool followed_now)
+static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 seq, u32 length)
 {
 	struct flow_key key = {.sk = packet->sk, .mapping = mapping};
 	struct flow *flow;
@@ -57,7 +61,7 @@ static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 s
 	if (!flow) {
 		struct flow empty = {};
 
-		if (!followed_now)
+		if (!packet->followed)
 			return;
 		flow = flows.lookup_or_try_init(&key, &empty);
 		if (!flow)
@@ -78,38 +82,42 @@ static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 s
 int tp_net_dev_start_xmit(u64 *ctx)
 {
 	u64 skb = tracepoint_arg(ctx, 0), head, info;
-	struct packet packet = {};
-	struct folio folio = {};
-	bool followed_now;
-	u32 i, seq;
+	struct packet *packet;
+	u32 i, seq, zero = 0;
 
-	packet.sk = read64(skb + SKB_SK);
 	head = read64(skb + SKB_HEAD);
 	info = head + read32(skb + SKB_END);
-	packet.nr_frags = read8(info + SHINFO_NR_FRAGS);
-	packet.frags = info + SHINFO_FRAGS;
-	if (!packet.sk || !packet.nr_frags)
+	packet = packets.lookup(&zero);
+	if (!packet)
+		return 0;
+	packet->sk = read64(skb + SKB_SK);
+	packet->nr_frags = read8(info + SHINFO_NR_FRAGS);
+	packet->frags = info + SHINFO_FRAGS;
+	if (!packet->sk || !packet->nr_frags)
 		return 0;
 	/* Copied payload is in pages of no page cache; a copied header may come first. */
-	if (!frag_mapping(&folio, packet.frags) &&
-	    !frag_mapping(&folio, packet.frags + (packet.nr_frags - 1) * FRAG_SIZE))
+	packet->folio.span = 0;
+	if (!frag_mapping(&packet->folio, packet->frags) &&
+	    !frag_mapping(&packet->folio, packet->frags + (packet->nr_frags - 1) * FRAG_SIZE))
 		return 0;
-	followed_now = current_process() != 0;
-	packet.tcp = read16(packet.sk + SOCK_PROTOCOL) == IPPROTO_TCP;
-	if (packet.tcp)
-		read_tcp(&packet, skb, head);
-	seq = packet.seq + packet.linear;
+	packet->followed = current_process() != 0;
+	packet->seq = packet->linear = 0;
+	packet->tcp = read16(packet->sk + SOCK_PROTOCOL) == IPPROTO_TCP;
+	if (packet->tcp)
+		read_tcp(packet, skb, head);
+	forget();
+	seq = packet->seq + packet->linear;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_SKB_FRAGS; i++) {
-		u64 frag = packet.frags + i * FRAG_SIZE, mapping;
+		u64 frag = packet->frags + i * FRAG_SIZE, mapping;
 		u32 length;
 
-		if (i >= packet.nr_frags)
+		if (i >= packet->nr_frags)
 			break;
 		length = read32(frag + FRAG_LEN);
-		mapping = frag_mapping(&folio, frag);
+		mapping = frag_mapping(&packet->folio, frag);
 		if (mapping)
-			count_sent(&packet, mapping, seq, length, followed_now);
+			count_sent(packet, mapping, seq, length);
 		seq += length;
 	}
 	return 0;

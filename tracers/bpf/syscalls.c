@@ -444,7 +444,8 @@ int tp_sys_exit(u64 *ctx)
 	entries = call_table.lookup(&index);
 	if (!entries || !*entries || ret < 0)
 		return 0;
-	process = current_process();
+	task = bpf_get_current_task();
+	process = process_of_task(task);
 	if (!process)
 		return 0;
 	call = calls.lookup(&zero);
@@ -452,7 +453,6 @@ int tp_sys_exit(u64 *ctx)
 		return 0;
 	call->process = process;
 	call->flags = 0;
-	task = bpf_get_current_task();
 	call->bytes = ret;
 	if (read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT) {
 		entry = nr & X32_BIT ? *entries : *entries >> 32;
@@ -475,6 +475,9 @@ int tp_sys_exit(u64 *ctx)
 	if (!entry || (!ret && shape != SHAPE_IOCTL))
 		return 0;
 
+	forget();
+	if (shape == SHAPE_RECVMMSG || shape == SHAPE_SENDMMSG)
+		call->bytes = bytes_of_messages(read64(regs + REGS_ARG1), call->bytes);
 	source = destination = USER_MEMORY;
 	first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
 	switch (shape) {
@@ -547,8 +550,6 @@ int tp_sys_exit(u64 *ctx)
 	forget();
 	if (shape == SHAPE_IOCTL)
 		call->bytes = cloned_bytes(call, read64(regs + REGS_ARG2));
-	if (shape == SHAPE_RECVMMSG || shape == SHAPE_SENDMMSG)
-		call->bytes = bytes_of_messages(read64(regs + REGS_ARG1), ret);
 	if (call->destination.id == END_FUSE_DEVICE) {
 		call->via = VIA_FUSE_REPLY;
 		call->bytes = ret > FUSE_OUT_HEADER ? ret - FUSE_OUT_HEADER : 0;
