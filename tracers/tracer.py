@@ -78,8 +78,9 @@ _RECENT_KEY = 32
 _SLOTS, _CROWDED = 65536, 1  # bpf/processes.h
 _PROCESS = struct.Struct("=II16s")
 _PAGES = struct.Struct("=4Q")
-_FLOW_KEY_SIZE = 24
-_FLOW = struct.Struct("=32sQQIIII")
+_FLOW_KEY = 24  # the first bytes of a wish's key, which its tally's key follows
+_FLOW = struct.Struct("=QII")
+_WISH = struct.Struct("=QQ")
 _DISPOSITIONS = ("copied", "shared", "moved", "direct", "remapped", "discarded")
 _FLAGS = ("compat", "zerocopy", "loopback", "trunc", "peek", "move", "gift", "remap", "errqueue")
 _SRC_DIRECT, _SRC_DAX, _DST_DIRECT, _DST_DAX = 1 << 9, 1 << 10, 1 << 11, 1 << 12
@@ -129,6 +130,7 @@ class Tracer:
         self._names = self._program.map("filesystem_names")
         has_flows = "net_dev_start_xmit" in self.attached
         self._flows: Map | None = self._program.map("flows") if has_flows else None
+        self._wishes: Map | None = self._program.map("wishes") if has_flows else None
         self._filesystems: dict[int, str] = {}
         self._ended = self._program.map("nr_ended")
         # Of processes that have ended: taken out of the kernel's maps to make room.
@@ -298,16 +300,16 @@ class Tracer:
     def _sent(self) -> dict[bytes, tuple[int, int]]:
         """Bytes of each tally whose page-cache pages were seen leaving a socket, by leg."""
         sent: dict[bytes, tuple[int, int]] = {}
-        if self._flows is None:
+        if self._flows is None or self._wishes is None:
             return sent
-        for _, values in self._flows.items():
-            key, expected, seen, legs, _, _, _ = _FLOW.unpack(values[0])
-            proven = min(expected, seen)
-            before = sent.get(key, (0, 0))
-            sent[key] = (
-                before[0] + (proven if legs & 1 else 0),
-                before[1] + (proven if legs & 2 else 0),
-            )
+        left = {key: _FLOW.unpack(values[0])[0] for key, values in self._flows.items()}
+        for key, values in self._wishes.items():
+            flow, tally = key[:_FLOW_KEY], key[_FLOW_KEY:]
+            expected, legs = _WISH.unpack(values[0])
+            proven = min(expected, left.get(flow, 0))
+            left[flow] = left.get(flow, 0) - proven
+            first, second = sent.get(tally, (0, 0))
+            sent[tally] = (first + proven * (legs & 1), second + proven * (legs >> 1 & 1))
         return sent
 
     def _tally(self, key: bytes, counts: list[int], sent: tuple[int, int]) -> Tally:

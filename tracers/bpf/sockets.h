@@ -11,35 +11,36 @@ struct flow_key {
 };
 
 struct flow {
-	struct key key; /* the tally that the bytes belong to */
-	u64 expected;
 	u64 sent;
-	u32 legs;    /* bit n: leg n is proven by what is sent */
 	u32 end_seq; /* retransmissions are not counted again */
 	u32 has_seq;
-	u32 pad;
+};
+
+/* A flow may be fed by calls of several kinds. */
+struct wish_key {
+	struct flow_key flow;
+	struct key tally;
+};
+
+struct wish {
+	u64 expected;
+	u64 legs; /* bit n: leg n is proven by what is sent */
 };
 
 #if HAVE_NETWORK && IDENTITY
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_FLOWS);
-
-static __always_inline struct flow *flow_of(u64 sk, u64 mapping)
-{
-	struct flow_key key = {.sk = sk, .mapping = mapping};
-	struct flow empty = {};
-
-	key.hash = read32(sk + SOCK_HASH);
-	return flows.lookup_or_try_init(&key, &empty);
-}
+BPF_TABLE("lru_hash", struct wish_key, struct wish, wishes, MAX_FLOWS);
 
 static __always_inline void expect_sent(struct key *key, u64 sk, u64 mapping, u64 bytes, u32 legs)
 {
-	struct flow *flow = flow_of(sk, mapping);
+	struct wish_key where = {.flow = {.sk = sk, .mapping = mapping}, .tally = *key};
+	struct wish none = {.legs = legs}, *wish;
+	struct flow empty = {};
 
-	if (!flow)
-		return;
-	flow->key = *key;
-	flow->legs = legs;
-	__sync_fetch_and_add(&flow->expected, bytes);
+	where.flow.hash = read32(sk + SOCK_HASH);
+	flows.lookup_or_try_init(&where.flow, &empty);
+	wish = wishes.lookup_or_try_init(&where, &none);
+	if (wish)
+		__sync_fetch_and_add(&wish->expected, bytes);
 }
 #endif
