@@ -409,10 +409,13 @@ def test_when_rsplice_is_killed_the_kernel_lets_go() -> None:
     ready(running)
     command = wait_for_command(running.pid, "sh")
     programs = programs_of(running.pid)
+    assert programs
     running.process.kill()
     running.process.wait()
-    wait_until_gone(programs)
-    os.kill(command, signal.SIGTERM)
+    try:
+        wait_until_gone(programs)
+    finally:
+        os.kill(command, signal.SIGTERM)
     running.finish()
 
 

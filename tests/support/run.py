@@ -172,7 +172,8 @@ class Running:
         for pid in [*descendants_of(self.pid), self.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
+        # Not until its pipes end: a process that is no descendant any more may hold them.
+        self.process.wait()
 
     def stop(self, number: int = signal.SIGTERM) -> Result:
         """Sends rsplice a signal, and finishes."""
