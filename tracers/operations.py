@@ -113,11 +113,17 @@ def via_name(via: int) -> str:
     return SYSCALLS[via].name
 
 
+#: Marks a table entry of a call that returns messages, not bytes.
+MANY_MESSAGES = 1 << 16
+
+
 def call_table() -> dict[int, int]:
     """System call number -> (via << 8 | shape), native in the low and i386 in the high 32 bits."""
     table: dict[int, int] = {}
     for via, call in enumerate(SYSCALLS):
         entry = via << 8 | call.shape
+        if call.shape in (Shape.RECVMMSG, Shape.SENDMMSG):
+            entry |= MANY_MESSAGES
         if call.native is not None:
             table[call.native] = table.get(call.native, 0) | entry
         if call.compat is not None:
@@ -136,4 +142,5 @@ def defines() -> str:
     for via, call in enumerate(SYSCALLS):
         lines.append(f"#define VIA_{call.name.replace(' ', '_').upper()} {via}")
     lines += [f"#define VIA_FUSE_REPLY {VIA_FUSE_REPLY}", f"#define TABLE_SIZE {TABLE_SIZE}"]
+    lines.append(f"#define MANY_MESSAGES {MANY_MESSAGES}")
     return "\n".join(lines) + "\n"

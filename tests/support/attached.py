@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-_SECONDS = 20
+_SECONDS = 60
 
 
 def descriptors_of(pid: int) -> list[str]:

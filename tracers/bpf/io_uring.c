@@ -183,6 +183,7 @@ int tp_io_uring_complete(u64 *ctx)
 					  read64(request + IO_SPLICE_OFF_IN) + call->bytes);
 		else
 			return 0;
+		forget();
 		walk_ring(walk);
 		apply(walk, call, tally);
 	}

@@ -376,6 +376,7 @@ static __always_inline void judge(u64 task, u64 regs, u32 shape, struct call *ca
 	if (!walk)
 		return;
 	prepare(walk, task, regs, shape, call, key, tally);
+	forget();
 	if (walk->verdict == NO_WALK)
 		return;
 	walk_ring(walk);
@@ -456,7 +457,7 @@ int tp_sys_exit(u64 *ctx)
 	call->bytes = ret;
 	if (read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT) {
 		entry = nr & X32_BIT ? *entries : *entries >> 32;
-		call->via = entry >> 8 & 0xffff;
+		call->via = entry >> 8 & 0xff;
 		if (entry && ret > 0 && call->via != VIA_SOCKETCALL &&
 		    call->via != VIA_IOCTL_FICLONE)
 			count_compat(call);
@@ -471,12 +472,12 @@ int tp_sys_exit(u64 *ctx)
 	}
 	entry = *entries & 0xffffffff;
 	shape = entry & 0xff;
-	call->via = entry >> 8;
+	call->via = entry >> 8 & 0xff;
 	if (!entry || (!ret && shape != SHAPE_IOCTL))
 		return 0;
 
 	forget();
-	if (shape == SHAPE_RECVMMSG || shape == SHAPE_SENDMMSG)
+	if (entry & MANY_MESSAGES)
 		call->bytes = bytes_of_messages(read64(regs + REGS_ARG1), call->bytes);
 	source = destination = USER_MEMORY;
 	first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
