@@ -51,6 +51,7 @@ class Session:
         if why_not:
             raise RspliceError(why_not)
         self.command = Command(argv, user, output) if argv else None
+        self.shown = list(argv)  #: the command as the audit names it
         self._everything = everything
         self._started = time.monotonic()
         self._ended: float | None = None
@@ -127,7 +128,7 @@ class Session:
             identity=self.tracer.identity,
         )
         return ledger.audit(
-            command=self.command.argv if self.command else [],
+            command=self.shown,
             duration_s=time.monotonic() - self._started,
             kernel_release=os.uname().release,
             accuracy=accuracy,

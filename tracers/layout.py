@@ -146,6 +146,8 @@ FIELDS: list[Field] = [
         """
         SOCK_FLAGS sock.__sk_common.skc_flags
         SOCK_DST sock.sk_dst_cache
+        SOCK_ROUTE_CAPS sock.sk_route_caps
+        SOCK_ZCKEY sock.sk_zckey
         DST_DEV dst_entry.dev
         NETDEV_FLAGS net_device.flags
         """,

@@ -73,11 +73,13 @@ PROBES = (
 
 # bpf/maps.h
 _KEY = struct.Struct("=QQQII")
-_TALLY = struct.Struct("=18Q")
+_TALLY = struct.Struct("=16Q")
 _RECENT_KEY = 32
 _SLOTS, _CROWDED = 65536, 1  # bpf/processes.h
 _PROCESS = struct.Struct("=II16s")
+_COUNTERS = 16
 _PAGES = struct.Struct("=4Q")
+_DECLARED = struct.Struct("=QQ")
 _FLOW_KEY = 24  # the first bytes of a wish's key, which its tally's key follows
 _FLOW = struct.Struct("=QII")
 _WISH = struct.Struct("=QQ")
@@ -127,6 +129,7 @@ class Tracer:
         self._moved = self._program.map("nr_moved")
         self._pages = self._program.map("page_counts")
         self._lost = self._program.map("lost")
+        self._declarations = self._program.map("declarations")
         self._names = self._program.map("filesystem_names")
         has_flows = "net_dev_start_xmit" in self.attached
         self._flows: Map | None = self._program.map("flows") if has_flows else None
@@ -238,7 +241,7 @@ class Tracer:
         }
         for key, values in self._tallies.items():
             if key[:8] in gone:
-                before = self._retired.get(key, [0] * 18)
+                before = self._retired.get(key, [0] * _COUNTERS)
                 self._retired[key] = _add(before, _sum(_TALLY, values))
                 self._tallies.delete(key)
         for key, values in self._pages.items():
@@ -256,10 +259,13 @@ class Tracer:
         raw = self._raw_tallies()
         queued: dict[bytes, int] = {}
         for key, tally in raw.items():
-            queued[key[:8]] = queued.get(key[:8], 0) + tally[17]
+            queued[key[:8]] = queued.get(key[:8], 0) + tally[15]
         sent = self._sent()
+        declared = {k: _DECLARED.unpack(v[0]) for k, v in self._declarations.items()}
         for key, counts in raw.items():
-            reading.tallies.append(self._tally(key, counts, sent.get(key, (0, 0))))
+            reading.tallies.append(
+                self._tally(key, counts, sent.get(key, (0, 0)), declared.get(key, (0, 0)))
+            )
         pages = dict(self._retired_pages)
         for key, values in self._pages.items():
             pages[key] = _add(pages.get(key, [0] * 4), _sum(_PAGES, values))
@@ -281,13 +287,13 @@ class Tracer:
             moved = self._count(self._moved)
             raw = dict(self._retired)
             for key, values in self._tallies.items():
-                raw[key] = _add(raw.get(key, [0] * 18), _sum(_TALLY, values))
+                raw[key] = _add(raw.get(key, [0] * _COUNTERS), _sum(_TALLY, values))
             for _, values in self._recents.items():
                 for value in values:
                     key = value[:_RECENT_KEY]
                     if any(key[:8]):
                         counts = list(_TALLY.unpack(value[_RECENT_KEY:]))
-                        raw[key] = _add(raw.get(key, [0] * 18), counts)
+                        raw[key] = _add(raw.get(key, [0] * _COUNTERS), counts)
             if self._count(self._moved) == moved:
                 break
         return raw
@@ -312,7 +318,9 @@ class Tracer:
             sent[tally] = (first + proven * (legs & 1), second + proven * (legs >> 1 & 1))
         return sent
 
-    def _tally(self, key: bytes, counts: list[int], sent: tuple[int, int]) -> Tally:
+    def _tally(
+        self, key: bytes, counts: list[int], sent: tuple[int, int], said: tuple[int, int]
+    ) -> Tally:
         process, source, destination, via, flags = _KEY.unpack(key)
         nbytes = counts[1]
         identity: dict[tuple[int, str], int] = {}
@@ -323,7 +331,8 @@ class Tracer:
             if sent[leg]:
                 identity[leg, "shared"] = identity.get((leg, "shared"), 0) + sent[leg]
         measured = {(0, "copied"): counts[14]} if counts[14] else {}
-        declared = {(0, d): counts[i] for d, i in (("copied", 15), ("shared", 16)) if counts[i]}
+        by_kernel = zip(("copied", "shared"), said, strict=True)
+        declared = {(0, disposition): count for disposition, count in by_kernel if count}
         _clamp(nbytes, measured, identity, declared)
         return Tally(
             process,

@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         args.command = DEMO
     with tempfile.TemporaryFile() as kept:
         with open_session(args, kept.fileno()) as session:
+            if demo:
+                session.shown = ["rsplice", "workload", "mixed"]
             session.start()
             last = run_live(session, Console(), interval=args.interval)
             if session.command and session.command.wait(0) is None:

@@ -7,6 +7,7 @@ All run in one audit, each under a process name of its own.
 from __future__ import annotations
 
 import json
+import dataclasses
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ CASES = [
     *(Case(f"sendmmsg -t {t}", USER, k, "sendmmsg", COPIED) for t, k in SOCKET_KINDS),
     *(Case(f"recvmmsg -f {f}", k, USER, "recvmmsg", COPIED) for f, k in SOCKET_KINDS),
     # Loopback delivers to a socket of the same machine: the kernel says COPIED.
-    writes("sendto", "tcp", "tcp", more="-F zerocopy"),
+    dataclasses.replace(writes("sendto", "tcp", "tcp", more="-F zerocopy"), evidence="declared"),
     writes("sendmsg", "tcp", "tcp", more="-F zerocopy"),
     writes("sendto", "udp", "udp", more="-F zerocopy"),
     reads("recvfrom", "tcp", "tcp", "discarded", "-F trunc"),

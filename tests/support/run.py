@@ -104,7 +104,9 @@ _unfinished: list[Running] = []
 def end_unfinished() -> None:
     """Kills the audits that a failed test left running, and what they audited."""
     while _unfinished:
-        _unfinished.pop().kill()
+        running = _unfinished.pop()
+        running.kill()
+        running.report.unlink()
 
 
 class Running:
@@ -126,7 +128,7 @@ class Running:
     ) -> None:
         handle, name = tempfile.mkstemp(suffix=".json")
         os.close(handle)
-        self._report = Path(name)
+        self.report = Path(name)
         wanted = [] if "--json" in options else ["--json", name]
         self.process = subprocess.Popen(
             [
@@ -158,8 +160,8 @@ class Running:
             raise
         finally:
             _unfinished[:] = [running for running in _unfinished if running is not self]
-            text = self._report.read_text()
-            self._report.unlink()
+            text = self.report.read_text()
+            self.report.unlink()
         return Result(
             self.process.returncode,
             stdout or b"",

@@ -61,7 +61,7 @@ static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, 
 	fill_end(&call->destination, destination);
 	/* send_zc does not ask for SO_ZEROCOPY. */
 	if (opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC)
-		call->flags = F_ZEROCOPY | zerocopy_device(sk_of(file));
+		call->flags = zerocopy_flags(sk_of(file));
 }
 
 int tp_io_uring_submit_req(u64 *ctx)
@@ -89,15 +89,10 @@ int tp_io_uring_submit_req(u64 *ctx)
 static __always_inline void count_notification(struct uring_key *where, u32 usage)
 {
 	struct uring_note *note = uring_notes.lookup(where);
-	struct tally *tally;
 
 	if (!note || !note->zerocopy_bytes)
 		return;
-	tally = tally_of(&note->key);
-	if (tally && usage & NOTIF_COPIED)
-		tally->declared_copied += note->zerocopy_bytes;
-	else if (tally)
-		tally->declared_shared += note->zerocopy_bytes;
+	declare(&note->key, note->zerocopy_bytes, usage & NOTIF_COPIED);
 	uring_notes.delete(where);
 }
 

@@ -35,9 +35,7 @@ struct tally {
 	u64 bytes;			  /* carried by each leg */
 	u64 identity[2][NR_DISPOSITIONS]; /* bytes whose pages were seen at both ends, by leg */
 	u64 measured_copied;		  /* bytes counted by the kernel's own copying functions */
-	u64 declared_copied;
-	u64 declared_shared;
-	u64 queued_mapped; /* pages queued in a pipe while in some page table */
+	u64 queued_mapped;		  /* pages queued in a pipe while in some page table */
 };
 
 struct process {

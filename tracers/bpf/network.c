@@ -17,7 +17,6 @@ int tp_skb_copy_datagram_iovec(u64 *ctx)
 
 #if HAVE_NETWORK && HAVE_IDENTITY && IDENTITY
 #define MAX_SKB_FRAGS 17
-#define IPPROTO_TCP   6
 
 struct packet {
 	u64 sk;

@@ -44,3 +44,70 @@ static __always_inline void expect_sent(struct key *key, u64 sk, u64 mapping, u6
 		__sync_fetch_and_add(&wish->expected, bytes);
 }
 #endif
+
+/*
+ * MSG_ZEROCOPY sends that wait for the kernel's notification, which names them by numbers: one a
+ * call, counted from 0 on each socket (msg_zerocopy_realloc(), net/core/skbuff.c).
+ */
+struct send_key {
+	u64 sk;
+	u64 number;
+};
+
+struct sent {
+	struct key tally;
+	u64 bytes;
+};
+
+#if HAVE_ZEROCOPY
+BPF_TABLE("lru_hash", struct send_key, struct sent, zerocopy_sends, 4096);
+
+#define SO_EE_ORIGIN_ZEROCOPY	   5
+#define SO_EE_CODE_ZEROCOPY_COPIED 1
+#define MAX_NOTIFIED		   256
+
+/* The first control message of an error queue: struct cmsghdr, struct sock_extended_err. */
+struct notification {
+	u64 length;
+	u32 level;
+	u32 type;
+	u32 error;
+	u8 origin;
+	u8 kind;
+	u8 code;
+	u8 pad;
+	u32 first;
+	u32 last;
+};
+
+static __always_inline void await_notification(struct key *key, u64 sk, u64 bytes)
+{
+	struct send_key where = {.sk = sk, .number = (u32)(read32(sk + SOCK_ZCKEY) - 1)};
+	struct sent sent = {.tally = *key, .bytes = bytes};
+
+	zerocopy_sends.update(&where, &sent);
+}
+
+/* A notification that a process fetched: what it says of the sends from first to last. */
+static __always_inline void take_notification(u64 sk, u64 control)
+{
+	struct notification news = {};
+	struct send_key where = {.sk = sk};
+	struct sent *sent;
+	u32 i;
+
+	if (read_user(&news, sizeof(news), (void *)control) || news.origin != SO_EE_ORIGIN_ZEROCOPY)
+		return;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_NOTIFIED; i++) {
+		if (i > news.last - news.first)
+			break;
+		where.number = (u32)(news.first + i);
+		sent = zerocopy_sends.lookup(&where);
+		if (!sent)
+			continue;
+		declare(&sent->tally, sent->bytes, news.code & SO_EE_CODE_ZEROCOPY_COPIED);
+		zerocopy_sends.delete(&where);
+	}
+}
+#endif

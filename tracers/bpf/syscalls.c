@@ -15,6 +15,9 @@
 #define FICLONE		0x40049409
 #define FICLONERANGE	0x4020940d
 #define AF_INET		2
+#define IPPROTO_TCP	6
+#define NETIF_F_SG	1
+#define IFF_LOOPBACK	8
 #define AF_INET6	10
 #define FUSE_OUT_HEADER 16 /* struct fuse_out_header: protocol, not payload */
 #define FS_REQUIRES_DEV 1
@@ -37,26 +40,32 @@ static __always_inline u64 sk_of(u64 file)
 	return read64(read64(file + FILE_PRIVATE) + SOCKET_SK);
 }
 
-/* Loopback hands packets to a local socket, and undoes zero-copy: skb_orphan_frags_rx(). */
-static __always_inline u32 zerocopy_device(u64 sk)
+/*
+ * Flags of a zero-copy send. It copies after all on a TCP route that cannot gather fragments, and
+ * where loopback hands packets to a local socket: skb_orphan_frags_rx().
+ */
+static __always_inline u32 zerocopy_flags(u64 sk)
 {
 #if HAVE_ZEROCOPY
 	u64 device = read64(read64(sk + SOCK_DST) + DST_DEV);
+	bool gathers = read64(sk + SOCK_ROUTE_CAPS) & NETIF_F_SG;
 
-	return read32(device + NETDEV_FLAGS) & 8 /* IFF_LOOPBACK */ ? F_LOOPBACK : 0;
+	if (read16(sk + SOCK_PROTOCOL) == IPPROTO_TCP && !gathers)
+		return 0;
+	return F_ZEROCOPY | (read32(device + NETDEV_FLAGS) & IFF_LOOPBACK ? F_LOOPBACK : 0);
 #else
 	return 0;
 #endif
 }
 
 /* MSG_ZEROCOPY is honoured on sockets with SO_ZEROCOPY only. */
-static __always_inline u32 zerocopy_flags(u64 sk)
+static __always_inline bool wants_zerocopy(u64 sk, u32 flags)
 {
 #if HAVE_ZEROCOPY
-	if (read64(sk + SOCK_FLAGS) & 1ULL << SOCK_ZEROCOPY_BIT)
-		return F_ZEROCOPY | zerocopy_device(sk);
+	return flags & MSG_ZEROCOPY && read64(sk + SOCK_FLAGS) & 1ULL << SOCK_ZEROCOPY_BIT;
+#else
+	return false;
 #endif
-	return 0;
 }
 
 /* Room in a msghdr's buffers, in bytes. */
@@ -473,6 +482,14 @@ int tp_sys_exit(u64 *ctx)
 	entry = *entries & 0xffffffff;
 	shape = entry & 0xff;
 	call->via = entry >> 8 & 0xff;
+#if HAVE_ZEROCOPY
+	if (shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE) {
+		struct user_msghdr msg = {};
+
+		read_user(&msg, sizeof(msg), (void *)read64(regs + REGS_ARG1));
+		take_notification(sk_of(file_of(task, read64(regs + REGS_ARG0))), msg.control);
+	}
+#endif
 	if (!entry || (!ret && shape != SHAPE_IOCTL))
 		return 0;
 
@@ -523,7 +540,7 @@ int tp_sys_exit(u64 *ctx)
 	case SHAPE_SENDMMSG:
 		destination = first;
 		message_flags = read64(regs + (shape == SHAPE_SENDMSG ? REGS_ARG2 : REGS_ARG3));
-		if (message_flags & MSG_ZEROCOPY)
+		if (wants_zerocopy(sk_of(first), message_flags))
 			call->flags = zerocopy_flags(sk_of(first));
 		break;
 	case SHAPE_IOCTL: {
@@ -565,6 +582,10 @@ int tp_sys_exit(u64 *ctx)
 	tally->operations++;
 	tally->bytes += call->bytes;
 
+#if HAVE_ZEROCOPY
+	if (call->flags & F_ZEROCOPY)
+		await_notification(&key, sk_of(call->destination.file), call->bytes);
+#endif
 	if (call->via == VIA_FUSE_REPLY) {
 		take_fuse_moves(call, tally);
 		return 0;

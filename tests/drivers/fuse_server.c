@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: MIT
+/*
+ * A FUSE server that speaks the protocol itself, and a child that reads its one file and checks
+ * what it says. MODE is how READ requests are answered.
+ *
+ * The file system is mounted over DIRECTORY in a mount namespace of its own: it goes with the
+ * last of the two processes. They are named MODE and MODE-r.
+ */
+#define _GNU_SOURCE
+#include "driver.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <linux/fuse.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define MAX_PAGES    64 /* of one READ */
+#define REQUEST_ROOM (128UL << 10)
+#define FILE_NODE    2
+#define FILE_NAME    "file"
+#define DEADLINE     30 /* seconds: a lost request must not hang a test */
+
+struct mode {
+	const char *name;
+	const char *from; /* as the driver's -f */
+	bool spliced;
+	unsigned int splice_flags;
+	unsigned int open_flags;
+	bool mapped; /* the source's pages are in page tables meanwhile */
+	bool broken; /* READ fails, all else is answered through the pipe */
+};
+
+static const struct mode modes[] = {
+	{.name = "write", .from = "file"},
+	{.name = "splice", .from = "direct", .spliced = true, .splice_flags = SPLICE_F_MOVE},
+	{.name = "splice-copy", .from = "direct", .spliced = true},
+	{.name = "splice-mapped",
+	 .from = "file",
+	 .spliced = true,
+	 .splice_flags = SPLICE_F_MOVE,
+	 .mapped = true},
+	{.name = "direct-io",
+	 .from = "direct",
+	 .spliced = true,
+	 .splice_flags = SPLICE_F_MOVE,
+	 .open_flags = FOPEN_DIRECT_IO},
+	{.name = "broken",
+	 .from = "direct",
+	 .splice_flags = SPLICE_F_MOVE,
+	 .broken = true},
+};
+
+struct server {
+	const struct mode *mode;
+	struct endpoint source;
+	size_t size; /* of the file */
+	int device;
+	int pipe[2];
+};
+
+static struct fuse_out_header header_of(const struct fuse_in_header *in, int error, size_t size)
+{
+	return (struct fuse_out_header){
+		.len = (uint32_t)(sizeof(struct fuse_out_header) + size),
+		.error = error,
+		.unique = in->unique,
+	};
+}
+
+/* The kernel's header is protocol, not payload. */
+static void replied(const char *source, ssize_t sent, const struct fuse_out_header *header)
+{
+	if (sent != (ssize_t)header->len)
+		fail("fuse reply");
+	carried("fuse reply", source, "fuse device", sent - (ssize_t)sizeof(*header));
+}
+
+static void reply_written(const struct server *server, const struct fuse_out_header *header,
+			  const void *data)
+{
+	struct iovec vec[2] = {{(void *)header, sizeof(*header)},
+			       {(void *)data, header->len - sizeof(*header)}};
+
+	replied(USER_MEMORY, writev(server->device, vec, 2), header);
+}
+
+static void put(const struct server *server, const void *data, size_t size)
+{
+	if (carried("write", USER_MEMORY, "pipe", write(server->pipe[1], data, size)) !=
+	    (ssize_t)size)
+		fail("pipe");
+}
+
+static void reply_spliced(const struct server *server, const struct fuse_out_header *header)
+{
+	replied("pipe",
+		splice(server->pipe[0], NULL, server->device, NULL, header->len,
+		       server->mode->splice_flags),
+		header);
+}
+
+static void reply(const struct server *server, const struct fuse_in_header *in, const void *data,
+		  size_t size)
+{
+	struct fuse_out_header header = header_of(in, 0, size);
+
+	if (!server->mode->broken || !size) {
+		reply_written(server, &header, data);
+		return;
+	}
+	put(server, &header, sizeof(header));
+	put(server, data, size);
+	reply_spliced(server, &header);
+}
+
+static void refuse(const struct server *server, const struct fuse_in_header *in, int error)
+{
+	struct fuse_out_header header = header_of(in, -error, 0);
+
+	reply_written(server, &header, NULL);
+}
+
+/* Whole pages of the request, past the end of the file too: what O_DIRECT asks for. */
+static void splice_in(const struct server *server, const struct fuse_read_in *in, size_t size)
+{
+	loff_t at = (loff_t)in->offset;
+
+	for (size_t done = 0; done < size;) {
+		ssize_t n = splice(server->source.fd, &at, server->pipe[1], NULL, in->size - done,
+				   SPLICE_F_MOVE);
+
+		if (carried("splice", server->source.kind, "pipe", n) == 0)
+			fail("source");
+		done += (size_t)n;
+	}
+}
+
+static void reply_to_read(const struct server *server, const struct fuse_in_header *in,
+			  const struct fuse_read_in *wanted)
+{
+	size_t left = wanted->offset < server->size ? server->size - wanted->offset : 0;
+	size_t size = wanted->size < left ? wanted->size : left;
+	struct fuse_out_header header = header_of(in, 0, size);
+	char *data = (char *)buffer() + REQUEST_ROOM;
+
+	if (server->mode->broken) {
+		refuse(server, in, EIO);
+	} else if (server->mode->spliced && size) {
+		put(server, &header, sizeof(header));
+		splice_in(server, wanted, size);
+		reply_spliced(server, &header);
+	} else {
+		if (carried("pread64", server->source.kind, USER_MEMORY,
+			    pread(server->source.fd, data, size, (off_t)wanted->offset)) !=
+		    (ssize_t)size)
+			fail("source");
+		reply_written(server, &header, data);
+	}
+}
+
+static struct fuse_attr attributes(const struct server *server, uint64_t node)
+{
+	struct fuse_attr attr = {.ino = node, .nlink = 1, .blksize = PAGE};
+
+	attr.mode = node == FUSE_ROOT_ID ? S_IFDIR | 0755 : S_IFREG | 0644;
+	attr.size = node == FUSE_ROOT_ID ? 0 : server->size;
+	return attr;
+}
+
+static void reply_to_init(const struct server *server, const struct fuse_in_header *in,
+			  const struct fuse_init_in *offered)
+{
+	struct fuse_init_out out = {
+		.major = FUSE_KERNEL_VERSION,
+		.minor = FUSE_KERNEL_MINOR_VERSION,
+		.max_readahead = offered->max_readahead,
+		.flags = FUSE_ASYNC_READ | FUSE_MAX_PAGES,
+		.max_write = REQUEST_ROOM / 2,
+		.max_pages = MAX_PAGES,
+	};
+
+	reply(server, in, &out, sizeof(out));
+}
+
+static void reply_to_lookup(const struct server *server, const struct fuse_in_header *in,
+			    const char *name)
+{
+	struct fuse_entry_out out = {.nodeid = FILE_NODE, .attr = attributes(server, FILE_NODE)};
+
+	if (strcmp(name, FILE_NAME) != 0)
+		refuse(server, in, ENOENT);
+	else
+		reply(server, in, &out, sizeof(out));
+}
+
+static void answer(const struct server *server, const struct fuse_in_header *in)
+{
+	struct fuse_attr_out attr = {.attr = attributes(server, in->nodeid)};
+	struct fuse_open_out opened = {.open_flags = server->mode->open_flags};
+	const void *body = in + 1;
+
+	switch (in->opcode) {
+	case FUSE_INIT:
+		reply_to_init(server, in, body);
+		break;
+	case FUSE_LOOKUP:
+		reply_to_lookup(server, in, body);
+		break;
+	case FUSE_GETATTR:
+		reply(server, in, &attr, sizeof(attr));
+		break;
+	case FUSE_OPEN:
+		reply(server, in, &opened, sizeof(opened));
+		break;
+	case FUSE_READ:
+		reply_to_read(server, in, body);
+		break;
+	case FUSE_FLUSH:
+	case FUSE_RELEASE:
+		reply(server, in, NULL, 0);
+		break;
+	case FUSE_FORGET:
+	case FUSE_BATCH_FORGET:
+	case FUSE_INTERRUPT:
+		break;
+	default:
+		refuse(server, in, ENOSYS);
+	}
+}
+
+/* Until the reader has closed the file. */
+static void serve(const struct server *server)
+{
+	const struct fuse_in_header *in = buffer();
+
+	do {
+		carried("read", "fuse device", USER_MEMORY,
+			read(server->device, buffer(), REQUEST_ROOM));
+		answer(server, in);
+	} while (in->opcode != FUSE_RELEASE);
+}
+
+static void check(const char *data, size_t from, size_t size)
+{
+	for (size_t i = 0; i < size; i++)
+		if (data[i] != (char)('a' + (from + i) % 23)) {
+			errno = EILSEQ;
+			fail("what was read");
+		}
+}
+
+/* What an unmodified program does; where READ fails, a fstat(2) comes next. */
+static __attribute__((noreturn)) void read_file(const struct server *server, const char *path)
+{
+	size_t done = 0;
+	struct stat stat;
+	ssize_t n;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		fail(path);
+	while ((n = read(fd, buffer(), BUFFER_SIZE)) > 0) {
+		carried("read", "fuse", USER_MEMORY, n);
+		check(buffer(), done, (size_t)n);
+		done += (size_t)n;
+	}
+	if (server->mode->broken != (n < 0 && errno == EIO) || fstat(fd, &stat) < 0 ||
+	    done != (server->mode->broken ? 0 : server->size))
+		fail("read");
+	_exit(0);
+}
+
+static void mount_on(const struct server *server, const char *directory)
+{
+	char settings[64];
+
+	snprintf(settings, sizeof(settings), "fd=%d,rootmode=40000,user_id=0,group_id=0",
+		 server->device);
+	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
+		unsupported("a mount namespace");
+	if (mount("fuse_server", directory, "fuse", MS_NOSUID | MS_NODEV, settings) < 0)
+		unsupported("mounting a FUSE file system");
+}
+
+static pid_t start_reader(const struct server *server, const char *directory)
+{
+	char path[4096], name[16];
+	pid_t pid = fork();
+
+	if (pid < 0)
+		fail("fork");
+	if (pid > 0)
+		return pid;
+	/* While it is open here, the kernel waits for a server that has failed. */
+	close(server->device);
+	snprintf(path, sizeof(path), "%s/" FILE_NAME, directory);
+	snprintf(name, sizeof(name), "%.12s-r", server->mode->name);
+	prctl(PR_SET_NAME, name, 0, 0, 0);
+	read_file(server, path);
+}
+
+static void run(struct server *server, const struct options *options)
+{
+	pid_t reader;
+	int status;
+
+	open_source(&server->source, options);
+	if (server->mode->mapped && mmap(NULL, server->size, PROT_READ, MAP_SHARED | MAP_POPULATE,
+					 server->source.fd, 0) == MAP_FAILED)
+		fail("mmap");
+	if (pipe2(server->pipe, O_CLOEXEC) < 0 ||
+	    fcntl(server->pipe[1], F_SETPIPE_SZ, 2 * MAX_PAGES * PAGE) < 0)
+		fail("pipe");
+	server->device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
+	if (server->device < 0)
+		unsupported("/dev/fuse");
+	mount_on(server, options->directory);
+	reader = start_reader(server, options->directory);
+	serve(server);
+	close(server->device);
+	if (waitpid(reader, &status, 0) != reader || status)
+		fail("reader");
+	if (umount2(options->directory, MNT_DETACH) < 0)
+		fail("umount");
+}
+
+static __attribute__((noreturn)) void misused(void)
+{
+	fputs("usage: fuse_server MODE [-n PAGES] [-t TAIL_BYTES] [-d DIRECTORY] [-o REPORT]\n",
+	      stderr);
+	exit(2);
+}
+
+static const struct mode *find(const char *name)
+{
+	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
+		if (!strcmp(modes[i].name, name))
+			return &modes[i];
+	misused();
+}
+
+int main(int argc, char **argv)
+{
+	struct options options = {.count = 1, .directory = "."};
+	struct server server = {0};
+	size_t pages = 23, tail = 101;
+	int option;
+
+	if (argc < 2)
+		misused();
+	server.mode = find(argv[1]);
+	optind = 2;
+	while ((option = getopt(argc, argv, "n:t:d:o:")) != -1) {
+		switch (option) {
+		case 'n':
+			pages = strtoul(optarg, NULL, 0);
+			break;
+		case 't':
+			tail = strtoul(optarg, NULL, 0);
+			break;
+		case 'd':
+			options.directory = optarg;
+			break;
+		case 'o':
+			options.output = optarg;
+			break;
+		default:
+			misused();
+		}
+	}
+	alarm(DEADLINE);
+	prctl(PR_SET_NAME, server.mode->name, 0, 0, 0);
+	options.size = server.size = pages * PAGE + tail;
+	options.from = server.mode->from;
+	account_open(-1);
+	run(&server, &options);
+	report(options.output);
+	return 0;
+}
