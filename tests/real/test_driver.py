@@ -6,8 +6,8 @@ All run in one audit, each under a process name of its own.
 
 from __future__ import annotations
 
-import json
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
