@@ -306,7 +306,7 @@ static pid_t start_reader(const struct server *server, const char *directory)
 	/* While it is open here, the kernel waits for a server that has failed. */
 	close(server->device);
 	snprintf(path, sizeof(path), "%s/" FILE_NAME, directory);
-	snprintf(name, sizeof(name), "%.12s-r", server->mode->name);
+	snprintf(name, sizeof(name), "%.13s-r", server->mode->name);
 	prctl(PR_SET_NAME, name, 0, 0, 0);
 	read_file(server, path);
 }

@@ -13,6 +13,7 @@ struct fuse_read {
 BPF_TABLE("lru_hash", u64, struct fuse_read, fuse_reads, 512);
 BPF_TABLE("percpu_array", u32, struct fuse_read, fuse_scratch, 1);
 
+/* How many folios a READ waits for; 0 for other requests, and for more than are compared. */
 static __always_inline u64 pages_waiting(u64 request, u64 *array)
 {
 	u64 args = read64(request + FUSE_REQ_ARGS);
@@ -22,7 +23,7 @@ static __always_inline u64 pages_waiting(u64 request, u64 *array)
 		return 0;
 	*array = read64(args + FUSE_ARGS_PAGES);
 	nr = (u32)read32(args + FUSE_ARGS_NR);
-	return nr < MAX_FUSE_PAGES ? nr : MAX_FUSE_PAGES;
+	return nr <= MAX_FUSE_PAGES ? nr : 0;
 }
 
 int tp_fuse_request_send(u64 *ctx)
@@ -42,17 +43,27 @@ int tp_fuse_request_send(u64 *ctx)
 	return 0;
 }
 
+/* Of the reply to any other request, which has no folios, nothing must be left to be told. */
+static __always_inline void tell_nothing(void)
+{
+	struct note *note = current_note();
+
+	if (note)
+		note->fuse_bytes = note->fuse_pages = 0;
+}
+
 int tp_fuse_request_end(u64 *ctx)
 {
-	u64 request = tracepoint_arg(ctx, 0), array = 0, key = request;
+	u64 request = tracepoint_arg(ctx, 0), array = 0, key = request, moved = 0, nr;
 	struct note *note, none = {};
 	struct fuse_read *before;
 	u32 i, tid = bpf_get_current_pid_tgid();
-	u64 nr;
 
 	before = fuse_reads.lookup(&key);
-	if (!before)
+	if (!before) {
+		tell_nothing();
 		return 0;
+	}
 	nr = pages_waiting(request, &array);
 	if (!nr || !current_process())
 		goto out;
@@ -61,15 +72,15 @@ int tp_fuse_request_end(u64 *ctx)
 		goto out;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_FUSE_PAGES; i++) {
-		u64 page;
-
 		if (i >= nr)
 			break;
-		page = read64(array + i * 8);
-		note->fuse_pages++;
-		if (page != before->pages[i])
-			note->fuse_bytes += 4096;
+		/* Only single pages are moved, whatever size the kernel makes folios of. */
+		if (read64(array + i * 8) != before->pages[i])
+			moved += 4096;
 	}
+	/* Not added up: a reply that failed, or without payload, is never asked about. */
+	note->fuse_bytes = moved;
+	note->fuse_pages = nr;
 out:
 	fuse_reads.delete(&key);
 	return 0;
