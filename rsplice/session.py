@@ -85,11 +85,11 @@ class Session:
         """Whether anybody who is followed is still there."""
         if self.command:
             self.command.wait(0)
-        return self._everything or bool(self.tracer.alive())
+        return self._everything or bool(self.tracer.counters.alive())
 
     def wait(self, seconds: float) -> None:
         """Waits until *seconds* have passed, nobody is left, or a signal came."""
-        self.tracer.make_room()
+        self.tracer.counters.make_room()
         deadline = time.monotonic() + seconds
         while self.running:
             left = deadline - time.monotonic()
@@ -114,8 +114,8 @@ class Session:
         return audit
 
     def _read(self) -> Audit:
-        self.tracer.make_room()
-        reading = self.tracer.read()
+        self.tracer.counters.make_room()
+        reading = self.tracer.counters.read()
         ledger = Ledger(kernel_version())
         for tally in reading.tallies:
             ledger.add(tally)

@@ -14,6 +14,7 @@ import pytest
 from rsplice.errors import RspliceError
 from rsplice.events import Tally
 from rsplice.launch import Command
+from rsplice.tracers import counters
 from rsplice.tracers import tracer as tracers
 from rsplice.tracers.kinds import kind_name
 from rsplice.tracers.tracer import Tracer
@@ -60,10 +61,10 @@ def follow(tracer: Tracer, *argv: str) -> int:
 
 def splices(tracer: Tracer, pid: int) -> dict[str, Tally]:
     """The tallies of *pid*'s splices, by destination."""
-    keys = {p.key for p in tracer.read().processes if p.pid == pid}
+    keys = {p.key for p in tracer.counters.read().processes if p.pid == pid}
     return {
         t.destination.kind: t
-        for t in tracer.read().tallies
+        for t in tracer.counters.read().tallies
         if t.via == "splice" and t.process in keys
     }
 
@@ -74,7 +75,7 @@ def test_both_ways_to_read_kernel_memory_see_the_same(tracer: Tracer, data: Path
     assert seen["pipe"].operations == seen["/dev/null"].operations == COUNT
     assert seen["pipe"].identity == {(0, "shared"): COUNT * SIZE}
     assert seen["/dev/null"].nbytes == COUNT * SIZE
-    assert tracer.read().events_lost == 0
+    assert tracer.counters.read().events_lost == 0
 
 
 def test_identity_off_compares_no_pages(data: Path) -> None:
@@ -101,13 +102,13 @@ def test_a_sample_counts_all_calls_and_compares_some(data: Path) -> None:
 
 def test_full_maps_are_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"MAX_PROCESSES": 7, "MAX_TALLIES": 3, "MAX_FLOWS": 64}
-    monkeypatch.setattr(tracers, "_map_sizes", lambda cpus: sizes)
+    monkeypatch.setattr(tracers, "map_sizes", lambda cpus: sizes)
     tracer = Tracer()
     try:
         follow(
             tracer, "sh", "-c", f"for i in $(seq {COUNT}); do cat /etc/hostname; done >/dev/null"
         )
-        reading = tracer.read()
+        reading = tracer.counters.read()
         assert len(reading.processes) <= 7
         assert len(reading.tallies) <= 3
         assert reading.events_lost >= COUNT - 7
@@ -117,15 +118,15 @@ def test_full_maps_are_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_room_is_made_for_more_processes_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"MAX_PROCESSES": 31, "MAX_TALLIES": 512, "MAX_FLOWS": 64}
-    monkeypatch.setattr(tracers, "_map_sizes", lambda cpus: sizes)
-    monkeypatch.setattr(tracers, "_RETIRE_AT", 5)
+    monkeypatch.setattr(tracers, "map_sizes", lambda cpus: sizes)
+    monkeypatch.setattr(counters, "_RETIRE_AT", 5)
     tracer = Tracer()
     try:
         pids = []
         for _ in range(101):
             pids.append(follow(tracer, "cat", "/etc/hostname"))
-            tracer.make_room()
-        reading = tracer.read()
+            tracer.counters.make_room()
+        reading = tracer.counters.read()
         assert reading.events_lost == 0
         assert sorted(p.pid for p in reading.processes) == sorted(pids)
         length = os.stat("/etc/hostname").st_size
@@ -138,7 +139,7 @@ def test_room_is_made_for_more_processes_than_fit(monkeypatch: pytest.MonkeyPatc
 
 def test_what_nobody_follows_is_not_counted(tracer: Tracer, data: Path) -> None:
     subprocess.run([sys.executable, "-c", SPLICER, str(data)], check=True)
-    assert tracer.read().tallies == []
+    assert tracer.counters.read().tallies == []
 
 
 def test_two_tracers_count_the_same(data: Path) -> None:
@@ -162,7 +163,7 @@ def test_following_all_sees_others_but_not_itself(data: Path) -> None:
         child = subprocess.Popen([sys.executable, "-c", SPLICER, str(data)])
         assert child.wait() == 0
         assert splices(tracer, child.pid)["pipe"].nbytes == COUNT * SIZE
-        assert os.getpid() not in [p.pid for p in tracer.read().processes]
+        assert os.getpid() not in [p.pid for p in tracer.counters.read().processes]
     finally:
         tracer.close()
 

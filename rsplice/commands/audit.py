@@ -93,7 +93,7 @@ def _follow(session: Session, args: argparse.Namespace) -> None:
         command = session.command
         if command and command.status is not None and not told and session.running:
             told = True
-            count = len(session.tracer.alive())
+            count = len(session.tracer.counters.alive())
             _say(f"{command.argv[0]} has ended; following {count} of its descendants (Ctrl-C ends)")
 
 
