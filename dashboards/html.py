@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from rsplice.audit import DISPOSITIONS, Audit, Counts, Finding, Path, Process
+from rsplice.audit import DISPOSITIONS, Accuracy, Audit, Counts, Finding, Path, Process
 from rsplice.dashboards import phrases
 from rsplice.dashboards.text import command_line, sanitise
 
@@ -64,9 +64,10 @@ def _body(audit: Audit) -> Iterator[str]:
         yield "<h2>Findings</h2>"
         yield from map(_finding, phrases.by_kind(audit.findings))
     if len(audit.processes) > 1:
-        yield "<h2>Processes</h2>" + _table("Process", map(_process_row, audit.processes))
-    yield f"<h2>Pages</h2><p>{_safe(phrases.page_tables(audit.pages))}<br>"
-    yield f"{_safe(phrases.page_cache(audit.pages))}</p>"
+        rows = (_process_row(process, audit.accuracy) for process in audit.processes)
+        yield "<h2>Processes</h2>" + _table("Process", rows)
+    yield f"<h2>Pages</h2><p>{_safe(phrases.page_tables(audit.pages, audit.accuracy))}<br>"
+    yield f"{_safe(phrases.page_cache(audit.pages, audit.accuracy))}</p>"
     yield f"<h2>Accuracy</h2><p>{_safe(phrases.accuracy(audit.accuracy))}</p>"
 
 
@@ -93,8 +94,10 @@ def _path_row(path: Path) -> str:
     return _row(_safe(path.name) + why + _bar(path.counts), path.counts)
 
 
-def _process_row(process: Process) -> str:
-    pages = f"{phrases.page_tables(process.pages)}; {phrases.page_cache(process.pages)}"
+def _process_row(process: Process, known: Accuracy) -> str:
+    pages = (
+        f"{phrases.page_tables(process.pages, known)}; {phrases.page_cache(process.pages, known)}"
+    )
     name = _safe(phrases.process_name(process))
     return _row(f'{name}<div class="why">{_safe(pages)}</div>', process.counts)
 

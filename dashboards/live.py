@@ -125,8 +125,8 @@ class LiveView:
             f"now copied {phrases.copied(now)}/s, avoided {phrases.avoided(now)}/s",
             *(text.plain for text in self._path_rows(entries, WIDTH)),
             *(phrases.finding(found) for found in phrases.by_kind(audit.findings)),
-            phrases.page_tables(audit.pages),
-            phrases.page_cache(audit.pages),
+            phrases.page_tables(audit.pages, audit.accuracy),
+            phrases.page_cache(audit.pages, audit.accuracy),
             phrases.accuracy(audit.accuracy, details=False),
         ]
         return "\n".join(lines) + "\n\n"
@@ -171,7 +171,10 @@ class LiveView:
         known = Text(phrases.accuracy(audit.accuracy), style)
         if known.cell_len > 2 * width:
             known = Text(phrases.accuracy(audit.accuracy, details=False), style)
-        pages = (phrases.page_tables(audit.pages), phrases.page_cache(audit.pages))
+        pages = (
+            phrases.page_tables(audit.pages, audit.accuracy),
+            phrases.page_cache(audit.pages, audit.accuracy),
+        )
         return [*map(Text, pages), *known.wrap(console, width), Text(_KEYS, style="reverse")]
 
     def _body(self, console: Console, width: int, room: int) -> Iterator[Text]:

@@ -104,21 +104,28 @@ def totals(counts: Counts, lost: int = 0) -> str:
     )
 
 
-def page_tables(pages: PageCounts) -> str:
-    """The page-table references."""
+def page_tables(pages: PageCounts, known: Accuracy) -> str:
+    """The page-table references; "?" for what was not counted."""
     return (
-        f"page tables: {plural(pages.faults, 'fault')}, "
-        f"{plural(pages.mapped_pages, 'page')} mapped by fault-around, "
-        f"{pages.queued_mapped_pages} queued while mapped"
+        f"page tables: {_counted('faults', pages, known, 'fault')}, "
+        f"{_counted('mapped_pages', pages, known, 'page')} mapped by fault-around, "
+        f"{_counted('queued_mapped_pages', pages, known)} queued while mapped"
     )
 
 
-def page_cache(pages: PageCounts) -> str:
-    """The changes of the page cache."""
+def page_cache(pages: PageCounts, known: Accuracy) -> str:
+    """The changes of the page cache; "?" for what was not counted."""
     return (
-        f"page cache: {plural(pages.inserted_pages, 'page')} inserted, "
-        f"{pages.removed_pages} removed"
+        f"page cache: {_counted('inserted_pages', pages, known, 'page')} inserted, "
+        f"{_counted('removed_pages', pages, known)} removed"
     )
+
+
+def _counted(name: str, pages: PageCounts, known: Accuracy, noun: str = "") -> str:
+    if name in known.uncounted:
+        return f"? {noun}s" if noun else "?"
+    number: int = getattr(pages, name)
+    return plural(number, noun) if noun else str(number)
 
 
 def process_name(process: Process) -> str:

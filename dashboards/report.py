@@ -11,7 +11,7 @@ from typing import IO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from rsplice.audit import Audit, Counts, Finding, PageCounts, Path, Process
+from rsplice.audit import Audit, Counts, Finding, PageCounts, Path
 from rsplice.dashboards import phrases
 from rsplice.dashboards.table import Column, header, tall_row
 from rsplice.dashboards.text import command_line, emit, sanitise
@@ -50,10 +50,10 @@ class Report:
         yield Text()
         yield from _finding_lines(audit.findings)
         if len(audit.processes) > 1:
-            yield from _process_lines(audit.processes, width)
+            yield from _process_lines(audit, width)
             yield Text()
-        yield Text(phrases.page_tables(audit.pages))
-        yield Text(phrases.page_cache(audit.pages))
+        yield Text(phrases.page_tables(audit.pages, audit.accuracy))
+        yield Text(phrases.page_cache(audit.pages, audit.accuracy))
         yield Text(phrases.accuracy(audit.accuracy), style=accuracy_style(audit))
 
 
@@ -154,13 +154,16 @@ def _finding_lines(findings: list[Finding]) -> Iterator[Text]:
         yield Text()
 
 
-def _process_lines(processes: list[Process], width: int) -> Iterator[Text]:
+def _process_lines(audit: Audit, width: int) -> Iterator[Text]:
+    processes, known = audit.processes, audit.accuracy
     yield header("PROCESS", _COLUMNS, width)
     for process in processes[:_PROCESSES_MAX]:
         name = phrases.process_name(process)
         yield from tall_row(name, _COLUMNS, _cells(process.counts), width)
         if process.pages != PageCounts():
-            yield from _notes(phrases.page_tables(process.pages), phrases.page_cache(process.pages))
+            yield from _notes(
+                phrases.page_tables(process.pages, known), phrases.page_cache(process.pages, known)
+            )
     more = len(processes) - _PROCESSES_MAX
     if more > 0:
         yield Text(f"and {more} more, all in the JSON")

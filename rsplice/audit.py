@@ -207,6 +207,7 @@ class Accuracy:
     events_lost: int = 0
     unknown_bytes: int = 0
     identity: str = "all"  #: "all", "sample" or "off": how many calls had their pages compared
+    uncounted: list[str] = field(default_factory=list)  #: PageCounts that nobody counted: not zero
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -215,6 +216,7 @@ class Accuracy:
             "events_lost": self.events_lost,
             "unknown_bytes": self.unknown_bytes,
             "identity": self.identity,
+            "uncounted": self.uncounted,
         }
 
     @staticmethod
@@ -225,6 +227,7 @@ class Accuracy:
             data["events_lost"],
             data["unknown_bytes"],
             data.get("identity", "all"),
+            list(data.get("uncounted", [])),
         )
 
 

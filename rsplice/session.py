@@ -126,6 +126,7 @@ class Session:
             list(self.tracer.missing),
             reading.events_lost,
             identity=self.tracer.identity,
+            uncounted=self.tracer.uncounted,
         )
         return ledger.audit(
             command=self.shown,

@@ -407,3 +407,13 @@ def test_the_page_tells_the_whole_audit() -> None:
     for line in ("double-owner, once", "cp[7]", EVIL_SHOWN, "4099 bytes unknown", "copied >="):
         assert line in text
     assert 'title="94208 bytes"' in page
+
+
+def test_pages_that_nobody_counted_are_not_zero() -> None:
+    audit = Audit(pages=PageCounts(faults=23, inserted_pages=7))
+    audit.accuracy.uncounted = ["mapped_pages", "queued_mapped_pages", "removed_pages"]
+    shown = report(audit)
+    assert "page tables: 23 faults, ? pages mapped by fault-around, ? queued while mapped" in shown
+    assert "page cache: 7 pages inserted, ? removed" in shown
+    audit.accuracy.uncounted = []
+    assert "?" not in report(audit)

@@ -158,6 +158,7 @@ FIELDS: list[Field] = [
         FUSE_REQ_ARGS fuse_req.args
         FUSE_REQ_OPCODE fuse_req.in.h.opcode
         FUSE_ARGS_PAGES fuse_args_pages.folios | fuse_args_pages.pages
+        FUSE_FILE_FLAGS fuse_file.open_flags
         FUSE_ARGS_NR fuse_args_pages.num_folios | fuse_args_pages.num_pages
         """,
     ),
@@ -254,5 +255,7 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     if bit is None:
         layout.missing.setdefault("folio", "this kernel has no PG_head")
     constants["PG_HEAD_BIT"] = bit or 0
+    # Before 5.12 sendfile to a pipe goes through the task's own pipe, as to any other file.
+    constants["SENDFILE_INTO_PIPE"] = int(btf.function_id("splice_file_to_pipe") is not None)
     pt_regs = btf.struct_id("pt_regs")
     constants["BTF_PT_REGS"] = pt_regs or 0

@@ -29,6 +29,7 @@ class Probe:
     :param feature: the layout feature that it needs
     :param required: whether there is no audit without it
     :param identity: whether it serves page comparison only
+    :param counts: the PageCounts that nobody counts without it
     :param older: the tracepoint's name on older kernels, with the same first argument
     """
 
@@ -38,6 +39,7 @@ class Probe:
     required: bool = False
     identity: bool = False
     older: str = ""
+    counts: str = ""
 
     def name_on(self, btf: Btf) -> str | None:
         """The tracepoint's name on this kernel, None where it has none that fits."""
@@ -53,10 +55,22 @@ PROBES = (
     Probe("sched_process_fork", "children are not followed", required=True),
     Probe("sched_process_exec", "processes keep the name they had before exec"),
     Probe("sched_process_exit", "the end of a process is not seen", required=True),
-    Probe("mm_filemap_add_to_page_cache", "page-cache inserts are not counted"),
-    Probe("mm_filemap_delete_from_page_cache", "page-cache removals are not counted"),
-    Probe("mm_filemap_map_pages", "pages mapped by fault-around are not counted"),
-    Probe("page_fault_user", "page faults are not counted"),
+    Probe(
+        "mm_filemap_add_to_page_cache",
+        "page-cache inserts are not counted",
+        counts="inserted_pages",
+    ),
+    Probe(
+        "mm_filemap_delete_from_page_cache",
+        "page-cache removals are not counted",
+        counts="removed_pages",
+    ),
+    Probe(
+        "mm_filemap_map_pages",
+        "pages mapped by fault-around are not counted",
+        counts="mapped_pages",
+    ),
+    Probe("page_fault_user", "page faults are not counted", counts="faults"),
     Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
@@ -162,6 +176,12 @@ class Tracer:
             raise RspliceError(f"cannot attach to {probe.tracepoint}: {reason}")
         self.missing.append(MissingProbe(probe.tracepoint, reason, probe.cost))
         return None
+
+    @property
+    def uncounted(self) -> list[str]:
+        """The PageCounts that nobody counts in this run: they are unknown, not zero."""
+        names = [p.counts for p in PROBES if p.counts and p.tracepoint not in self.attached]
+        return names if self.identity == "all" else [*names, "queued_mapped_pages"]
 
     def follow(self, pid: int) -> None:
         """Follows process *pid* (a thread group) and the children it makes from now on.

@@ -56,10 +56,7 @@ static const struct mode modes[] = {
 	 .spliced = true,
 	 .splice_flags = SPLICE_F_MOVE,
 	 .open_flags = FOPEN_DIRECT_IO},
-	{.name = "broken",
-	 .from = "direct",
-	 .splice_flags = SPLICE_F_MOVE,
-	 .broken = true},
+	{.name = "broken", .from = "direct", .splice_flags = SPLICE_F_MOVE, .broken = true},
 };
 
 struct server {
@@ -264,6 +261,7 @@ static void check(const char *data, size_t from, size_t size)
 /* What an unmodified program does; where READ fails, a fstat(2) comes next. */
 static __attribute__((noreturn)) void read_file(const struct server *server, const char *path)
 {
+	bool direct = server->mode->open_flags & FOPEN_DIRECT_IO;
 	size_t done = 0;
 	struct stat stat;
 	ssize_t n;
@@ -272,7 +270,7 @@ static __attribute__((noreturn)) void read_file(const struct server *server, con
 	if (fd < 0)
 		fail(path);
 	while ((n = read(fd, buffer(), BUFFER_SIZE)) > 0) {
-		carried("read", "fuse", USER_MEMORY, n);
+		carried("read", direct ? "fuse O_DIRECT" : "fuse", USER_MEMORY, n);
 		check(buffer(), done, (size_t)n);
 		done += (size_t)n;
 	}

@@ -130,6 +130,12 @@ def test_direct_io_puts_nothing_into_a_page_cache(served: Served) -> None:
     assert served.inserted("direct-io-r") == 0
 
 
+def test_reads_without_a_page_cache_are_not_taken_for_copies_out_of_it(served: Served) -> None:
+    """The reply has copied into the client's own pages already."""
+    assert served.path("direct-io-r", "fuse O_DIRECT", USER, "read")["unknown"] == SIZE
+    assert served.path("write-r", "fuse", USER, "read")["copied"] == SIZE
+
+
 def test_without_identity_a_spliced_reply_is_unknown(serve: Serve) -> None:
     without = serve("--identity", "off")
     reply = without.path("splice", "pipe", DEVICE, REPLY)

@@ -17,17 +17,19 @@
 #define END_IS_SOCKET(end)     ((end) >> 56 == 7)
 #define END_IS_PIPE(end)       ((end) == END_PIPE || (end) == END_FIFO)
 
-#define S_IFMT	     0170000
-#define S_IFSOCK     0140000
-#define S_IFBLK	     0060000
-#define S_IFREG	     0100000
-#define S_IFCHR	     0020000
-#define S_IFIFO	     0010000
-#define O_DIRECT     040000
-#define FMODE_WRITE  2
-#define S_DAX	     (1 << 13)
-#define SB_KERNMOUNT (1 << 22)
-#define PIPEFS_MAGIC 0x50495045
+#define S_IFMT		 0170000
+#define S_IFSOCK	 0140000
+#define S_IFBLK		 0060000
+#define S_IFREG		 0100000
+#define S_IFCHR		 0020000
+#define S_IFIFO		 0010000
+#define O_DIRECT	 040000
+#define FMODE_WRITE	 2
+#define S_DAX		 (1 << 13)
+#define SB_KERNMOUNT	 (1 << 22)
+#define PIPEFS_MAGIC	 0x50495045
+#define FUSE_SUPER_MAGIC 0x65735546
+#define FOPEN_DIRECT_IO	 1
 
 #define FUSE_DEVICE	(10 << 20 | 229)
 #define END_FUSE_DEVICE END_CHAR(FUSE_DEVICE)
@@ -61,6 +63,16 @@ static __always_inline u64 socket_end(u64 file)
 /* Stands for a file where an end is user memory. */
 #define USER_MEMORY 1
 
+/* A FUSE file that its server opened with FOPEN_DIRECT_IO has no page cache, like O_DIRECT. */
+static __always_inline bool fuse_direct_io(u64 sb, u64 file)
+{
+#if HAVE_FUSE
+	if (read64(sb + SB_MAGIC) == FUSE_SUPER_MAGIC)
+		return read32(read64(file + FILE_PRIVATE) + FUSE_FILE_FLAGS) & FOPEN_DIRECT_IO;
+#endif
+	return false;
+}
+
 static __always_inline void fill_end(struct end *end, u64 file)
 {
 	u64 sb;
@@ -92,6 +104,7 @@ static __always_inline void fill_end(struct end *end, u64 file)
 		return;
 	}
 	end->dax = (read32(end->inode + INODE_FLAGS) & S_DAX) != 0;
+	end->direct |= fuse_direct_io(sb, file);
 	end->id = read64(sb + SB_TYPE) | ((read64(sb + SB_FLAGS) & SB_KERNMOUNT) != 0);
 }
 

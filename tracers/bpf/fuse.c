@@ -43,7 +43,7 @@ int tp_fuse_request_send(u64 *ctx)
 	return 0;
 }
 
-/* Of the reply to any other request, which has no folios, nothing must be left to be told. */
+/* The reply to any other request has no folios: none of an earlier one must be left to it. */
 static __always_inline void tell_nothing(void)
 {
 	struct note *note = current_note();
@@ -60,12 +60,12 @@ int tp_fuse_request_end(u64 *ctx)
 	u32 i, tid = bpf_get_current_pid_tgid();
 
 	before = fuse_reads.lookup(&key);
-	if (!before) {
-		tell_nothing();
-		return 0;
-	}
 	nr = pages_waiting(request, &array);
-	if (!nr || !current_process())
+	if (!before || !nr) {
+		tell_nothing();
+		goto out;
+	}
+	if (!current_process())
 		goto out;
 	note = notes.lookup_or_try_init(&tid, &none);
 	if (!note)

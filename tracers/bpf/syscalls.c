@@ -357,7 +357,7 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 		return;
 	position = position_after(shape == SHAPE_SENDFILE ? read64(regs + REGS_ARG2) : in_offset,
 				  call->source.file);
-	if (to_pipe) {
+	if (to_pipe && (shape != SHAPE_SENDFILE || SENDFILE_INTO_PIPE)) {
 		prepare_into_pipe(walk, call, position);
 		return;
 	}
