@@ -206,6 +206,10 @@ class Program:
         finally:
             os.close(program)
 
+    def set_tail(self, array: str, index: int, program: int) -> None:
+        """Lets other programs end in *program*. Its descriptor stays the caller's."""
+        self.map(array).put(struct.pack("=I", index), struct.pack("=I", program))
+
     def load(self, function: str, tracepoint: str) -> int:
         """Has the kernel check *function* for *tracepoint*; the program's descriptor.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe
@@ -85,6 +85,28 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Tail:
+    """A program that others end in.
+
+    :param array: the prog array they find it in, and its index there
+    :param tracepoint: the one that the others are attached to
+    """
+
+    array: str
+    index: int
+    function: str
+    tracepoint: str
+    cost: str
+
+
+TAILS = (
+    Tail("exit_programs", 1, "tp_messages", "sys_exit", "sendmmsg and recvmmsg are not counted"),
+    Tail("exit_programs", 2, "tp_walk", "sys_exit", layouts.FEATURES["identity"]),
+    Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
+)
+
+
 class Tracer:
     """The probes of one run. Closing it, or dying, detaches everything.
 
@@ -148,21 +170,34 @@ class Tracer:
         sys_exit comes last: it is the one that every process of the machine pays for.
         """
         wanted = [p for p in PROBES if self.identity != "off" or not p.identity]
+        names = {p: name for p in wanted if (name := self._name_of(p, btf, layout))}
+        tails = [t for t in TAILS if t.tracepoint in names.values() and program.has(t.function)]
         with ThreadPoolExecutor() as pool:
-            loads = [
-                (p, name, pool.submit(program.load, f"tp_{p.tracepoint}", name))
-                for p in wanted
-                if (name := self._name_of(p, btf, layout))
-            ]
-        loads.sort(key=lambda load: load[0].tracepoint == "sys_exit")
-        for probe, name, load in loads:
+            loads = {p: pool.submit(program.load, f"tp_{p.tracepoint}", names[p]) for p in names}
+            tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
+        for tail, load in zip(tails, tail_loads, strict=True):
+            self._put_tail(program, tail, load)
+        for probe in sorted(loads, key=lambda p: p.tracepoint == "sys_exit"):
             try:
-                program.attach(load.result(), name)
+                if probe.tracepoint == "sys_exit":
+                    program.set_tail("exit_programs", 0, loads[probe].result())
+                program.attach(loads[probe].result(), names[probe])
                 self.attached.append(probe.tracepoint)
             except BpfError as error:
                 if probe.required or self.direct:
                     raise
                 self.missing.append(MissingProbe(probe.tracepoint, str(error), probe.cost))
+
+    def _put_tail(self, program: Program, tail: Tail, load: Future[int]) -> None:
+        try:
+            descriptor = load.result()
+        except BpfError as error:
+            if self.direct:
+                raise
+            self.missing.append(MissingProbe(tail.function, str(error), tail.cost))
+            return
+        program.set_tail(tail.array, tail.index, descriptor)
+        os.close(descriptor)  # the array holds it
 
     def _name_of(self, probe: Probe, btf: Btf, layout: layouts.Layout) -> str | None:
         """The tracepoint to attach to; None, and noted as missing, where there is none."""

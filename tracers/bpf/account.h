@@ -11,15 +11,25 @@ struct call {
 	struct end source;
 	struct end destination;
 	u64 bytes;
+	u64 messages; /* bytes that tp_messages counted, with bit 63 set */
 	u32 via;
 	u32 flags;
 };
 
 BPF_TABLE("percpu_array", u32, struct call, calls, 1);
-BPF_TABLE("percpu_array", u32, struct call, uring_calls, 1);
 
 /* Makes the compiler load a call's members anew. */
 #define forget() asm volatile("" ::: "memory")
+
+/* A loop, so that the compiler need not make the code twice. */
+static __always_inline void fill_ends(struct call *call, u64 source, u64 destination)
+{
+	u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < 2; i++)
+		fill_end(i ? &call->destination : &call->source, i ? destination : source);
+}
 
 static __always_inline void fill_key(struct key *key, struct call *call)
 {
@@ -98,6 +108,15 @@ static __always_inline bool introduce(struct key *key)
 		read_kernel(process->comm, sizeof(process->comm),
 			    (void *)(read64(bpf_get_current_task() + TASK_LEADER) + TASK_COMM));
 	return true;
+}
+
+/* The tally that tally_of() has just returned for the key, 0 if it is gone. */
+static __always_inline struct tally *last_tally(struct key *key)
+{
+	u32 index = recent_index(key);
+	struct recent *recent = recents.lookup(&index);
+
+	return recent && same_key(&recent->key, key) ? &recent->tally : 0;
 }
 
 /* The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full. */

@@ -31,6 +31,8 @@ struct uring_note {
 };
 BPF_TABLE("lru_hash", struct uring_key, struct uring_note, uring_notes, 4096);
 
+BPF_PROG_ARRAY(uring_programs, 1); /* tp_walk */
+
 static __always_inline u64 submitter(u64 request)
 {
 	u64 task = read64(request + KIOCB_TASK);
@@ -57,8 +59,7 @@ static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, 
 		destination = file;
 	if (shape == SHAPE_SPLICE || shape == SHAPE_TEE)
 		source = splice_source(request, task);
-	fill_end(&call->source, source);
-	fill_end(&call->destination, destination);
+	fill_ends(call, source, destination);
 	/* send_zc does not ask for SO_ZEROCOPY. */
 	if (opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC)
 		call->flags = zerocopy_flags(sk_of(file));
@@ -140,7 +141,7 @@ int tp_io_uring_complete(u64 *ctx)
 	task = submitter(request);
 	tgid = read32(task + TASK_TGID);
 	process = process_of(tgid, task);
-	call = uring_calls.lookup(&zero);
+	call = calls.lookup(&zero);
 	if (!process || !call)
 		return 0;
 	call->process = process;
@@ -178,9 +179,8 @@ int tp_io_uring_complete(u64 *ctx)
 					  read64(request + IO_SPLICE_OFF_IN) + call->bytes);
 		else
 			return 0;
-		forget();
-		walk_ring(walk);
-		apply(walk, call, tally);
+		walk->key = key;
+		uring_programs.call(ctx, 0);
 	}
 #endif
 	return 0;

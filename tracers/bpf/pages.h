@@ -108,6 +108,7 @@ struct walk {
 	u64 proven;  /* bytes that are proven if all slots are the same */
 	u64 partial; /* bytes of a buffer that was split between two rings */
 	struct folio folio;
+	struct key key;
 };
 BPF_TABLE("percpu_array", u32, struct walk, walks, 1);
 

@@ -68,34 +68,50 @@ static __always_inline bool wants_zerocopy(u64 sk, u32 flags)
 #endif
 }
 
-/* Room in a msghdr's buffers, in bytes. */
+/* Room in a msghdr's buffers, in bytes; without bound where there are more than can be read. */
+#define MAX_IOVECS 8
 static __always_inline u64 room_of(u64 address)
 {
 	struct user_msghdr msg = {};
+	struct {
+		u64 base, length;
+	} vector[MAX_IOVECS] = {};
 	u64 room = 0;
 	u32 i;
 
 	read_user(&msg, sizeof(msg), (void *)address);
-#pragma clang loop unroll(disable)
-	for (i = 0; i < 64; i++) {
-		u64 length = 0;
-
-		if (i >= msg.iovlen)
-			break;
-		read_user(&length, 8, (void *)(msg.iov + i * 16 + 8));
-		room += length;
-	}
+	if (msg.iovlen > MAX_IOVECS)
+		return ~0ULL;
+	read_user(vector, sizeof(vector[0]) * (msg.iovlen & (2 * MAX_IOVECS - 1)), (void *)msg.iov);
+#pragma unroll
+	for (i = 0; i < MAX_IOVECS; i++)
+		room += vector[i].length;
 	return room;
 }
 
-/* Bytes of the first *count* messages: msg_len of each struct mmsghdr (64 bytes apart). */
-static __always_inline u64 bytes_of_messages(u64 vector, u64 count)
-{
-	u64 total = 0, failed = 0;
-	u32 i;
+/*
+ * Programs that others end in: a tail call returns only where it fails. They keep what the
+ * verifier has to walk through apart from what every call runs through.
+ */
+#define PROGRAM_EXIT	 0
+#define PROGRAM_MESSAGES 1
+#define PROGRAM_WALK	 2
+BPF_PROG_ARRAY(exit_programs, 3);
+#define MESSAGES_COUNTED (1ULL << 63)
 
+/* sendmmsg and recvmmsg return messages: adds up msg_len of each struct mmsghdr (64 bytes). */
+int tp_messages(u64 *ctx)
+{
+	u64 regs = tracepoint_arg(ctx, 0), vector = read64(regs + REGS_ARG1), total = 0, failed = 0;
+	u32 zero = 0, i;
+	struct call *call = calls.lookup(&zero);
+	u64 count;
+
+	if (!call)
+		return 0;
+	count = call->bytes;
 #pragma clang loop unroll(disable)
-	for (i = 0; i < 1024; i++) {
+	for (i = 0; i < 1024; i++) { /* UIO_MAXIOV */
 		u32 length = 0;
 
 		if (i >= count)
@@ -105,7 +121,9 @@ static __always_inline u64 bytes_of_messages(u64 vector, u64 count)
 	}
 	if (failed)
 		count_lost(LOST_MESSAGES);
-	return total;
+	call->messages = total | MESSAGES_COUNTED;
+	exit_programs.call(ctx, PROGRAM_EXIT);
+	return 0;
 }
 
 /* FICLONE and FICLONERANGE return 0. The bytes they carry: the file's, or the range's. */
@@ -377,19 +395,36 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 	prepare_internal(walk, call, task, position);
 }
 
-static __always_inline void judge(u64 task, u64 regs, u32 shape, struct call *call, struct key *key,
-				  struct tally *tally)
+/* Hands over to tp_walk, or returns where there is nothing to see. */
+static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struct call *call,
+				  struct key *key, struct tally *tally)
 {
 	struct walk *walk = new_walk(call->bytes);
 
 	if (!walk)
 		return;
 	prepare(walk, task, regs, shape, call, key, tally);
-	forget();
-	if (walk->verdict == NO_WALK)
-		return;
+	walk->key = *key;
+	if (walk->verdict != NO_WALK)
+		exit_programs.call(ctx, PROGRAM_WALK);
+}
+
+/* Walks the ring that a program before it prepared. For sys_exit and for io_uring_complete. */
+int tp_walk(u64 *ctx)
+{
+	u32 zero = 0;
+	struct walk *walk = walks.lookup(&zero);
+	struct call *call = calls.lookup(&zero);
+	struct tally *tally;
+
+	if (!walk || !call)
+		return 0;
+	tally = last_tally(&walk->key);
+	if (!tally)
+		return 0;
 	walk_ring(walk);
 	apply(walk, call, tally);
+	return 0;
 }
 #endif /* HAVE_IDENTITY && IDENTITY */
 
@@ -442,7 +477,7 @@ static __always_inline void count_compat(struct call *call)
 int tp_sys_exit(u64 *ctx)
 {
 	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, entry, limit, process;
-	u64 first, source, destination;
+	u64 first, source, destination, messages;
 	s32 second = -1;
 	s64 ret = tracepoint_arg(ctx, 1);
 	u32 index = nr & (TABLE_SIZE - 1), shape, message_flags = 0, zero = 0;
@@ -493,9 +528,16 @@ int tp_sys_exit(u64 *ctx)
 	if (!entry || (!ret && shape != SHAPE_IOCTL))
 		return 0;
 
-	forget();
-	if (entry & MANY_MESSAGES)
-		call->bytes = bytes_of_messages(read64(regs + REGS_ARG1), call->bytes);
+	messages = call->messages;
+	call->messages = 0;
+	if (entry & MANY_MESSAGES) {
+		if (!messages) {
+			exit_programs.call(ctx, PROGRAM_MESSAGES);
+			count_lost(LOST_MESSAGES);
+			return 0;
+		}
+		call->bytes = messages & ~MESSAGES_COUNTED;
+	}
 	source = destination = USER_MEMORY;
 	first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
 	switch (shape) {
@@ -563,8 +605,7 @@ int tp_sys_exit(u64 *ctx)
 		else
 			destination = file;
 	}
-	fill_end(&call->source, source);
-	fill_end(&call->destination, destination);
+	fill_ends(call, source, destination);
 	forget();
 	if (shape == SHAPE_IOCTL)
 		call->bytes = cloned_bytes(call, read64(regs + REGS_ARG2));
@@ -609,7 +650,7 @@ int tp_sys_exit(u64 *ctx)
 		return 0;
 	if (IDENTITY == 1 && tally->operations % SAMPLE_EVERY != 1)
 		return 0;
-	judge(task, regs, shape, call, &key, tally);
+	judge(ctx, task, regs, shape, call, &key, tally);
 #endif
 	return 0;
 }
