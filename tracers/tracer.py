@@ -103,6 +103,7 @@ class Tail:
 TAILS = (
     Tail("exit_programs", 1, "tp_messages", "sys_exit", "sendmmsg and recvmmsg are not counted"),
     Tail("exit_programs", 2, "tp_walk", "sys_exit", layouts.FEATURES["identity"]),
+    Tail("exit_programs", 3, "tp_notification", "sys_exit", "MSG_ZEROCOPY is inferred"),
     Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )
 

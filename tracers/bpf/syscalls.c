@@ -93,10 +93,11 @@ static __always_inline u64 room_of(u64 address)
  * Programs that others end in: a tail call returns only where it fails. They keep what the
  * verifier has to walk through apart from what every call runs through.
  */
-#define PROGRAM_EXIT	 0
-#define PROGRAM_MESSAGES 1
-#define PROGRAM_WALK	 2
-BPF_PROG_ARRAY(exit_programs, 3);
+#define PROGRAM_EXIT	     0
+#define PROGRAM_MESSAGES     1
+#define PROGRAM_WALK	     2
+#define PROGRAM_NOTIFICATION 3
+BPF_PROG_ARRAY(exit_programs, 4);
 #define MESSAGES_COUNTED (1ULL << 63)
 
 /* sendmmsg and recvmmsg return messages: adds up msg_len of each struct mmsghdr (64 bytes). */
@@ -125,6 +126,20 @@ int tp_messages(u64 *ctx)
 	exit_programs.call(ctx, PROGRAM_EXIT);
 	return 0;
 }
+
+#if HAVE_ZEROCOPY
+/* recvmsg(MSG_ERRQUEUE): what the kernel tells the program of its zero-copy sends. */
+int tp_notification(u64 *ctx)
+{
+	u64 regs = tracepoint_arg(ctx, 0);
+	u64 file = file_of(bpf_get_current_task(), read64(regs + REGS_ARG0));
+	struct user_msghdr msg = {};
+
+	read_user(&msg, sizeof(msg), (void *)read64(regs + REGS_ARG1));
+	take_notification(sk_of(file), msg.control);
+	return 0;
+}
+#endif
 
 /* FICLONE and FICLONERANGE return 0. The bytes they carry: the file's, or the range's. */
 static __always_inline u64 cloned_bytes(struct call *call, u64 argument)
@@ -518,12 +533,8 @@ int tp_sys_exit(u64 *ctx)
 	shape = entry & 0xff;
 	call->via = entry >> 8 & 0xff;
 #if HAVE_ZEROCOPY
-	if (shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE) {
-		struct user_msghdr msg = {};
-
-		read_user(&msg, sizeof(msg), (void *)read64(regs + REGS_ARG1));
-		take_notification(sk_of(file_of(task, read64(regs + REGS_ARG0))), msg.control);
-	}
+	if (!ret && shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE)
+		exit_programs.call(ctx, PROGRAM_NOTIFICATION);
 #endif
 	if (!entry || (!ret && shape != SHAPE_IOCTL))
 		return 0;
