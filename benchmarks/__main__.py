@@ -46,7 +46,8 @@ def measure(parts: list[str], rounds: int, console: Console) -> tuple[dict[str, 
         directory = Path(name)
         os.environ["TMPDIR"] = name
         loop = build("loop", directory)
-        compared = tracers(build("floor", directory))
+        floor = build("floor", directory)
+        compared = tracers(floor)
         result: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": machine(),
@@ -61,7 +62,7 @@ def measure(parts: list[str], rounds: int, console: Console) -> tuple[dict[str, 
             result["calls"] = calls.compare(readings)
         if "web" in parts:
             try:
-                result["web"] = web.measure(directory, 2 * rounds, 2, say)
+                result["web"] = web.measure(directory, floor, 2 * rounds, 2, say)
             except Unavailable as reason:
                 result["missing"]["nginx"] = str(reason)
         if "footprint" in parts:

@@ -40,13 +40,20 @@ http {{
 
 
 def measure(
-    directory: Path, rounds: int, seconds: int, say: Callable[[str], None]
+    directory: Path, floor: Path, rounds: int, seconds: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Requests per second by file size: untraced, audited, per cent fewer. Unavailable."""
+    """Requests per second by file size: untraced, under an empty program, audited. Unavailable.
+
+    :param floor: the built floor.c
+    """
     require(("nginx", "wrk"))
     port = _prepare(directory)
     nginx = ("nginx", "-e", f"{directory}/error.log", "-c", f"{directory}/nginx.conf")
-    ways = {"untraced": nginx, "audited": (*AUDIT, "--", *nginx)}
+    ways = {
+        "untraced": nginx,
+        "floor": (str(floor), *nginx),
+        "audited": (*AUDIT, "--", *nginx),
+    }
     rates: dict[str, dict[str, list[float]]] = {s: {w: [] for w in ways} for s in SIZES}
     for number in range(rounds):
         for way in list(ways)[:: 1 if number % 2 == 0 else -1]:
@@ -58,13 +65,12 @@ def measure(
 
 
 def compare(rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians of the rates, and by how many per cent the audited one is lower."""
-    fewer = paired(rates["untraced"], rates["audited"], fewer_per_cent)
-    return {
-        "untraced": summarize(rates["untraced"]).to_json(),
-        "audited": summarize(rates["audited"]).to_json(),
-        "fewer_per_cent": fewer.to_json(),
-    }
+    """Medians of the rates, and by how many per cent those of a tracer are lower."""
+    row: dict[str, Any] = {way: summarize(each).to_json() for way, each in rates.items()}
+    for way in ("floor", "audited"):
+        fewer = paired(rates["untraced"], rates[way], fewer_per_cent)
+        row[f"{way}_fewer_per_cent"] = fewer.to_json()
+    return row
 
 
 def parse_rate(output: str) -> float:

@@ -40,7 +40,7 @@ def readings(**by_tracer: float) -> calls.Readings:
 
 
 def result(**by_tracer: float) -> dict[str, Any]:
-    rates = {"untraced": [1000.0], "audited": [980.0]}
+    rates = {"untraced": [1000.0], "floor": [990.0], "audited": [980.0]}
     return {
         "machine": {
             "processor": "A|B",
