@@ -143,14 +143,17 @@ def test_64_bit_calls_have_nothing_unknown(driver: Driver, ext4: Path) -> None:
 
 
 def test_page_faults_and_fault_around(driver: Driver, ext4: Path) -> None:
-    """23 touches in 23 windows of 64 KiB: as many faults, and more pages than faults."""
+    """23 touches in windows of 64 KiB: as many faults, and 16 times the pages.
+
+    The twin reads the same file. Where the kernel puts a program's own pieces differs between
+    runs: by a few windows.
+    """
     mapped, _ = driver.audit(ext4, "mmap", "-n", "23")
-    idle, _ = driver.audit(ext4, "read", "-n", "1", "-s", "1")
-    faults = mapped.json["page_tables"]["faults"] - idle.json["page_tables"]["faults"]
-    pages = mapped.json["page_tables"]["mapped_pages"] - idle.json["page_tables"]["mapped_pages"]
-    assert faults >= 23
-    # The rest of two runs is not alike to the page.
-    assert pages > 22 * 16
+    read, _ = driver.audit(ext4, "read", "-n", "23", "-s", "65536")
+    faults = mapped.json["page_tables"]["faults"] - read.json["page_tables"]["faults"]
+    pages = mapped.json["page_tables"]["mapped_pages"] - read.json["page_tables"]["mapped_pages"]
+    assert abs(faults - 23) <= 5, faults
+    assert abs(pages - 23 * 16) <= 5 * 16, pages
 
 
 def test_page_cache_inserts(ext4: Path, driver: Driver) -> None:
@@ -159,6 +162,7 @@ def test_page_cache_inserts(ext4: Path, driver: Driver) -> None:
     source.write_bytes(b"x" * 23 * 4096)
     with source.open("rb") as f:
         os.fsync(f.fileno())
+        f.read()  # sets the time of the last access: later reads need not write it to the inode
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     cold = audit(["cat", source])
     warm = audit(["cat", source])
