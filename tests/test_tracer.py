@@ -92,10 +92,11 @@ def test_identity_off_compares_no_pages(data: Path) -> None:
 def test_a_sample_counts_all_calls_and_compares_some(data: Path) -> None:
     tracer = Tracer(identity="sample")
     try:
-        pid = follow(tracer, sys.executable, "-c", SPLICER, str(data))
+        rounds = SPLICER.replace(f"range({COUNT})", "range(509)")
+        pid = follow(tracer, sys.executable, "-c", rounds, str(data))
         tally = splices(tracer, pid)["pipe"]
-        assert tally.operations == COUNT
-        assert 0 < tally.identity[0, "shared"] < COUNT * SIZE
+        assert tally.operations == 509
+        assert 0 < tally.identity[0, "shared"] < 509 * SIZE / 4
     finally:
         tracer.close()
 

@@ -111,7 +111,7 @@ TAILS = (
 class Tracer:
     """The probes of one run. Closing it, or dying, detaches everything.
 
-    :param identity: how many calls have their pages compared: "all", "sample" (1 in 16) or "off"
+    :param identity: how many calls have their pages compared: "all", "sample" (1 in 17) or "off"
     :param follow_all: follow every process of the machine but this one
     :param direct: how kernel memory is read (bpf/access.h); None takes the faster that works
     """

@@ -12,6 +12,7 @@ struct call {
 	struct end destination;
 	u64 bytes;
 	u64 messages; /* bytes that tp_messages counted, with bit 63 set */
+	u64 nr_judged;
 	u32 via;
 	u32 flags;
 };
@@ -44,11 +45,11 @@ static __always_inline void fill_key(struct key *key, struct call *call)
 }
 
 /*
- * The tallies in use, per CPU, in front of the hash: found without a function call. Where two
- * keys meet, the older goes back to the hash. The reader adds up both, and reads again when
- * something moved meanwhile.
+ * The tallies in use, per CPU, in front of the hash: found without a function call. Each key has
+ * two places; where both are taken, the one less used goes back to the hash. The reader adds up
+ * hash and places, and reads again when something moved meanwhile.
  */
-#define RECENTS 64
+#define RECENTS 256
 struct recent {
 	struct key key;
 	struct tally tally;
@@ -56,11 +57,12 @@ struct recent {
 BPF_TABLE("percpu_array", u32, struct recent, recents, RECENTS);
 BPF_TABLE("percpu_array", u32, u64, nr_moved, 1);
 
+/* The first of a key's places; the other is the next. */
 static __always_inline u32 recent_index(struct key *key)
 {
 	u64 mix = key->process ^ key->source * 3 ^ key->destination * 5 ^ key->via * 7 ^ key->flags;
 
-	return mix * 0x9e3779b97f4a7c15ULL >> 58; /* Fibonacci hashing, to 6 bits */
+	return mix * 0x9e3779b97f4a7c15ULL >> 57 << 1; /* Fibonacci hashing, to 7 bits */
 }
 
 static __always_inline bool same_key(struct key *one, struct key *other)
@@ -110,32 +112,44 @@ static __always_inline bool introduce(struct key *key)
 	return true;
 }
 
+/* The place of a key on this CPU, 0 if it has none; *older* is the place it would take. */
+static __always_inline struct recent *recent_of(struct key *key, struct recent **older)
+{
+	u32 index = recent_index(key), next = index + 1;
+	struct recent *one = recents.lookup(&index), *other = recents.lookup(&next);
+
+	if (!one || !other)
+		return 0;
+	if (same_key(&one->key, key))
+		return one;
+	if (same_key(&other->key, key))
+		return other;
+	*older = one->tally.operations < other->tally.operations ? one : other;
+	return 0;
+}
+
 /* The tally that tally_of() has just returned for the key, 0 if it is gone. */
 static __always_inline struct tally *last_tally(struct key *key)
 {
-	u32 index = recent_index(key);
-	struct recent *recent = recents.lookup(&index);
+	struct recent *older, *recent = recent_of(key, &older);
 
-	return recent && same_key(&recent->key, key) ? &recent->tally : 0;
+	return recent ? &recent->tally : 0;
 }
 
 /* The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full. */
 static __always_inline struct tally *tally_of(struct key *key)
 {
-	u32 index = recent_index(key);
-	struct recent *recent = recents.lookup(&index);
+	struct recent *older = 0, *recent = recent_of(key, &older);
 
-	if (!recent)
-		return 0;
-	if (same_key(&recent->key, key))
+	if (recent)
 		return &recent->tally;
-	if (!introduce(key))
+	if (!older || !introduce(key))
 		return 0;
-	if (recent->key.process)
-		put_back(recent);
-	__builtin_memset(&recent->tally, 0, sizeof(recent->tally));
-	recent->key = *key;
-	return &recent->tally;
+	if (older->key.process)
+		put_back(older);
+	__builtin_memset(&older->tally, 0, sizeof(older->tally));
+	older->key = *key;
+	return &older->tally;
 }
 
 /* The kernel's own word on what became of zero-copy sends, by tally. */
