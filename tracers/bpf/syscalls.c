@@ -475,11 +475,20 @@ static __always_inline u32 receive_flags(u32 flags)
 	       (flags & MSG_ERRQUEUE ? F_ERRQUEUE : 0);
 }
 
-static __always_inline void count_compat(struct call *call)
+/* A 32-bit caller's arguments stand elsewhere, and mean other things: only bytes are counted. */
+static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 {
+	u64 which = read64(regs + REGS_BX);
 	struct tally *tally;
 	struct key key;
 
+	call->via = entry >> 8 & 0xff;
+	if (!entry || !call->bytes || call->via == VIA_IOCTL_FICLONE)
+		return;
+	/* SYS_SEND to SYS_RECVFROM, SYS_SENDMSG and SYS_RECVMSG (linux/net.h) */
+	if (call->via == VIA_SOCKETCALL && !(which >= 9 && which <= 12) && which != 16 &&
+	    which != 17)
+		return;
 	call->source.id = call->destination.id = END_UNKNOWN;
 	call->flags = F_COMPAT;
 	fill_key(&key, call);
@@ -490,68 +499,14 @@ static __always_inline void count_compat(struct call *call)
 	tally->bytes += call->bytes;
 }
 
-int tp_sys_exit(u64 *ctx)
+/* Finds the call's two ends and its flags. False if it carries nothing. */
+static __always_inline bool choose_ends(struct call *call, u64 task, u64 regs, u32 shape)
 {
-	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, entry, limit, process;
-	u64 first, source, destination, messages;
+	u64 first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
+	u64 source = USER_MEMORY, destination = USER_MEMORY;
+	u32 message_flags;
 	s32 second = -1;
-	s64 ret = tracepoint_arg(ctx, 1);
-	u32 index = nr & (TABLE_SIZE - 1), shape, message_flags = 0, zero = 0;
-	struct tally *tally;
-	struct call *call;
-	struct key key;
-	u64 *entries;
 
-	entries = call_table.lookup(&index);
-	if (!entries || !*entries || ret < 0)
-		return 0;
-	task = bpf_get_current_task();
-	process = process_of_task(task);
-	if (!process)
-		return 0;
-	call = calls.lookup(&zero);
-	if (!call)
-		return 0;
-	call->process = process;
-	call->flags = 0;
-	call->bytes = ret;
-	if (read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT) {
-		entry = nr & X32_BIT ? *entries : *entries >> 32;
-		call->via = entry >> 8 & 0xff;
-		if (entry && ret > 0 && call->via != VIA_SOCKETCALL &&
-		    call->via != VIA_IOCTL_FICLONE)
-			count_compat(call);
-		else if (call->via == VIA_SOCKETCALL && ret > 0) {
-			u64 which = read64(regs + REGS_BX);
-
-			/* SYS_SEND to SYS_RECVFROM, SYS_SENDMSG and SYS_RECVMSG (linux/net.h) */
-			if ((which >= 9 && which <= 12) || which == 16 || which == 17)
-				count_compat(call);
-		}
-		return 0;
-	}
-	entry = *entries & 0xffffffff;
-	shape = entry & 0xff;
-	call->via = entry >> 8 & 0xff;
-#if HAVE_ZEROCOPY
-	if (!ret && shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE)
-		exit_programs.call(ctx, PROGRAM_NOTIFICATION);
-#endif
-	if (!entry || (!ret && shape != SHAPE_IOCTL))
-		return 0;
-
-	messages = call->messages;
-	call->messages = 0;
-	if (entry & MANY_MESSAGES) {
-		if (!messages) {
-			exit_programs.call(ctx, PROGRAM_MESSAGES);
-			count_lost(LOST_MESSAGES);
-			return 0;
-		}
-		call->bytes = messages & ~MESSAGES_COUNTED;
-	}
-	source = destination = USER_MEMORY;
-	first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
 	switch (shape) {
 	case SHAPE_READ:
 		source = first;
@@ -600,8 +555,8 @@ int tp_sys_exit(u64 *ctx)
 	case SHAPE_IOCTL: {
 		u32 command = read64(regs + REGS_ARG1);
 
-		if ((command != FICLONE && command != FICLONERANGE) || ret)
-			return 0;
+		if ((command != FICLONE && command != FICLONERANGE) || call->bytes)
+			return false;
 		call->via = command == FICLONE ? VIA_IOCTL_FICLONE : VIA_IOCTL_FICLONERANGE;
 		call->flags = F_REMAP;
 		destination = first;
@@ -623,9 +578,80 @@ int tp_sys_exit(u64 *ctx)
 		call->bytes = cloned_bytes(call, read64(regs + REGS_ARG2));
 	if (call->destination.id == END_FUSE_DEVICE) {
 		call->via = VIA_FUSE_REPLY;
-		call->bytes = ret > FUSE_OUT_HEADER ? ret - FUSE_OUT_HEADER : 0;
+		call->bytes = call->bytes > FUSE_OUT_HEADER ? call->bytes - FUSE_OUT_HEADER : 0;
 	}
-	if (!call->bytes)
+	return call->bytes;
+}
+
+/*
+ * Received bytes: those that the kernel was seen to copy. With MSG_TRUNC a datagram's whole
+ * length is returned, also what did not fit and was dropped.
+ */
+static __always_inline void take_received(struct call *call, struct tally *tally, u64 regs,
+					  u32 shape)
+{
+	bool stream = (call->source.id >> 32 & 0xff) == 1 /* SOCK_STREAM */;
+	u64 room;
+
+	if (call->flags & F_TRUNC && !stream && shape != SHAPE_RECVMMSG) {
+		room = shape == SHAPE_RECVFROM ? read64(regs + REGS_ARG2)
+					       : room_of(read64(regs + REGS_ARG1));
+		if (call->bytes > room) {
+			tally->identity[0][DISCARDED] += call->bytes - room;
+			call->bytes = room;
+		}
+	}
+	take_copied(call, tally);
+}
+
+int tp_sys_exit(u64 *ctx)
+{
+	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, process, messages;
+	u32 index = nr & (TABLE_SIZE - 1), entry, shape, zero = 0;
+	s64 ret = tracepoint_arg(ctx, 1);
+	struct tally *tally;
+	struct call *call;
+	struct key key;
+	u64 *entries;
+
+	entries = call_table.lookup(&index);
+	if (!entries || !*entries || ret < 0)
+		return 0;
+	task = bpf_get_current_task();
+	process = process_of_task(task);
+	if (!process)
+		return 0;
+	call = calls.lookup(&zero);
+	if (!call)
+		return 0;
+	call->process = process;
+	call->flags = 0;
+	call->bytes = ret;
+	if (read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT) {
+		count_compat(call, nr & X32_BIT ? *entries : *entries >> 32, regs);
+		return 0;
+	}
+	entry = *entries;
+	shape = entry & 0xff;
+	call->via = entry >> 8 & 0xff;
+#if HAVE_ZEROCOPY
+	if (!ret && shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE)
+		exit_programs.call(ctx, PROGRAM_NOTIFICATION);
+#endif
+	if (!entry || (!ret && shape != SHAPE_IOCTL))
+		return 0;
+
+	messages = call->messages;
+	call->messages = 0;
+	if (entry & MANY_MESSAGES) {
+		if (!messages) {
+			exit_programs.call(ctx, PROGRAM_MESSAGES);
+			count_lost(LOST_MESSAGES);
+			return 0;
+		}
+		call->bytes = messages & ~MESSAGES_COUNTED;
+	}
+	if (!choose_ends(call, task, regs, shape))
 		return 0;
 
 	fill_key(&key, call);
@@ -644,17 +670,7 @@ int tp_sys_exit(u64 *ctx)
 		return 0;
 	}
 	if (END_IS_SOCKET(call->source.id) && call->destination.id == END_USER) {
-		/* With MSG_TRUNC a datagram's whole length is returned, also what did not fit. */
-		if (call->flags & F_TRUNC &&
-		    (call->source.id >> 32 & 0xff) != 1 /* SOCK_STREAM */) {
-			limit = shape == SHAPE_RECVFROM ? read64(regs + REGS_ARG2)
-							: room_of(read64(regs + REGS_ARG1));
-			if (shape != SHAPE_RECVMMSG && call->bytes > limit) {
-				tally->identity[0][DISCARDED] += call->bytes - limit;
-				call->bytes = limit;
-			}
-		}
-		take_copied(call, tally);
+		take_received(call, tally, regs, shape);
 		return 0;
 	}
 #if HAVE_IDENTITY && IDENTITY
