@@ -11,6 +11,7 @@ import shutil
 import signal
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rsplice.errors import EXIT_CANNOT_RUN, EXIT_NOT_FOUND, RspliceError
 
@@ -38,7 +39,7 @@ class Command:
         self._report, report = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(self.argv, account, gate, self._gate, report, output)
+            _become(self.argv, account, gate, report, output)
         os.close(gate)
         os.close(report)
         self.fd = os.pidfd_open(self.pid)  #: readable when the command has ended
@@ -82,13 +83,12 @@ def _become(
     argv: list[str],
     account: pwd.struct_passwd | None,
     gate: int,
-    own_end: int,
     report: int,
     output: int | None,
 ) -> None:
     """In the child: waits at the gate, then is the command. Never returns."""
     try:
-        os.close(own_end)
+        _close_private({gate, report, output})
         poll = select.poll()
         poll.register(gate, 0)  # POLLHUP is always reported
         for number in (
@@ -115,6 +115,14 @@ def _become(
         os.write(report, struct.pack("=i", error.errno or errno.EIO))
     finally:
         os._exit(EXIT_CANNOT_RUN)
+
+
+def _close_private(kept: set[int | None]) -> None:
+    """Closes now what exec would close: the gates of other commands, for one, that wait too."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the directory's own descriptor is gone by now
+            if int(name) not in kept and not os.get_inheritable(int(name)):
+                os.close(int(name))
 
 
 def _account(user: str | None) -> pwd.struct_passwd | None:

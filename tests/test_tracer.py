@@ -102,7 +102,7 @@ def test_a_sample_counts_all_calls_and_compares_some(data: Path) -> None:
 
 
 def test_full_maps_are_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"MAX_PROCESSES": 7, "MAX_TALLIES": 3, "MAX_FLOWS": 64}
+    sizes = {"MAX_PROCESSES": 7, "MAX_TALLIES": 3, "MAX_FLOWS": 64, "SLOTS": 64}
     monkeypatch.setattr(tracers, "map_sizes", lambda cpus: sizes)
     tracer = Tracer()
     try:
@@ -118,7 +118,7 @@ def test_full_maps_are_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_room_is_made_for_more_processes_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"MAX_PROCESSES": 31, "MAX_TALLIES": 512, "MAX_FLOWS": 64}
+    sizes = {"MAX_PROCESSES": 31, "MAX_TALLIES": 512, "MAX_FLOWS": 64, "SLOTS": 64}
     monkeypatch.setattr(tracers, "map_sizes", lambda cpus: sizes)
     monkeypatch.setattr(counters, "_RETIRE_AT", 5)
     tracer = Tracer()
@@ -134,6 +134,28 @@ def test_room_is_made_for_more_processes_than_fit(monkeypatch: pytest.MonkeyPatc
         written = [t for t in reading.tallies if t.via == "write"]
         assert len(written) == 101
         assert {t.nbytes for t in written} == {length}
+    finally:
+        tracer.close()
+
+
+def test_processes_that_meet_in_one_slot_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    sizes = {"MAX_PROCESSES": 512, "MAX_TALLIES": 512, "MAX_FLOWS": 64, "SLOTS": 2}
+    monkeypatch.setattr(tracers, "map_sizes", lambda cpus: sizes)
+    tracer = Tracer()
+    try:
+        # Three at once, then one after the others have left their slot.
+        commands = [Command([sys.executable, "-c", SPLICER, str(data)]) for _ in range(3)]
+        for command in commands:
+            tracer.follow(command.pid)
+        for command in commands:
+            command.release()
+        assert [command.wait() for command in commands] == [0, 0, 0]
+        last = follow(tracer, sys.executable, "-c", SPLICER, str(data))
+        for pid in [*(command.pid for command in commands), last]:
+            assert splices(tracer, pid)["pipe"].nbytes == COUNT * SIZE
+        assert tracer.counters.alive() == []
     finally:
         tracer.close()
 

@@ -18,7 +18,7 @@ from rsplice.tracers.program import Map, Program
 _KEY = struct.Struct("=QQQII")
 _TALLY = struct.Struct("=16Q")
 _RECENT_KEY = 32
-_SLOTS, _CROWDED = 65536, 1  # bpf/processes.h
+_CROWDED = 1  # bpf/processes.h
 _PROCESS = struct.Struct("=II16s")
 _COUNTERS = 16
 _PAGES = struct.Struct("=4Q")
@@ -50,9 +50,11 @@ class Counters:
 
     :param program: the compiled programs, which own the maps
     :param has_flows: what leaves sockets is watched
+    :param nr_slots: entries of the map "slots"
     """
 
-    def __init__(self, program: Program, has_flows: bool) -> None:
+    def __init__(self, program: Program, has_flows: bool, nr_slots: int) -> None:
+        self._nr_slots = nr_slots
         self._tallies = program.map("tallies")
         self._processes = program.map("processes")
         self._followed = program.map("followed")
@@ -81,7 +83,7 @@ class Counters:
         key = pid << 32 | (int.from_bytes(os.urandom(4), "little"))
         self._processes.put(struct.pack("=Q", key), _PROCESS.pack(pid, 0, comm))
         self._followed.put(struct.pack("=I", pid), struct.pack("=Q", key))
-        slot = struct.pack("=I", pid % _SLOTS)
+        slot = struct.pack("=I", pid % self._nr_slots)
         (taken,) = struct.unpack("=Q", (self._slots.get(slot) or [bytes(8)])[0])
         mine = taken == 0 or taken >> 32 == pid
         self._slots.put(slot, struct.pack("=Q", key if mine else _CROWDED))
@@ -246,7 +248,7 @@ def _clamp(nbytes: int, *known: dict[tuple[int, str], int]) -> None:
 def map_sizes(cpus: int) -> dict[str, int]:
     """Entries of each map. Per-CPU values of many CPUs must not eat the machine: 32 MiB at most."""
     tallies = max(2048, min(8192, (32 << 20) // (_TALLY.size * cpus)))
-    return {"MAX_PROCESSES": 8192, "MAX_TALLIES": tallies, "MAX_FLOWS": 8192}
+    return {"MAX_PROCESSES": 8192, "MAX_TALLIES": tallies, "MAX_FLOWS": 8192, "SLOTS": 65536}
 
 
 def _identify(pid: int) -> tuple[int, bytes]:

@@ -122,19 +122,20 @@ class Tracer:
         self.identity = identity
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
+        self._sizes = map_sizes(possible_cpus())
         btf = Btf()
         layout = layouts.resolve(btf)
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)
-        self.counters = Counters(self._program, "net_dev_start_xmit" in self.attached)
+        has_flows = "net_dev_start_xmit" in self.attached
+        self.counters = Counters(self._program, has_flows, self._sizes["SLOTS"])
 
     def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
         """Compiles and attaches; falls back to the slower reads where the faster are refused."""
-        sizes = map_sizes(possible_cpus())
         defines = layout.defines() + operations.defines()
         settings = {
-            **sizes,
+            **self._sizes,
             "IDENTITY": IDENTITY[self.identity],
             "FOLLOW_ALL": int(follow_all),
             "SELF_PID": os.getpid(),

@@ -13,7 +13,6 @@ static __always_inline u64 process_key(u32 pid)
  * hash can tell.
  */
 #define CROWDED 1
-#define SLOTS	65536
 BPF_ARRAY(slots, u64, SLOTS);
 
 static __always_inline u64 *slot_of(u32 pid)
