@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rsplice.tracers.btf import RUNNING
 
+# include/linux/proc_ns.h: PROC_PID_INIT_INO, the PID namespace that the kernel's own pids are of
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 # include/uapi/linux/capability.h
 _CAP_SYS_ADMIN, _CAP_PERFMON, _CAP_BPF = 21, 38, 39
 
@@ -41,6 +43,11 @@ def reason() -> str | None:
         return f"tracing works on Linux x86-64 only, this is {platform.machine()}"
     if not os.access(RUNNING, os.R_OK):
         return f"no BTF at {RUNNING}: use a kernel built with CONFIG_DEBUG_INFO_BTF"
+    if os.readlink("/proc/self/ns/pid") != _INITIAL_PID_NAMESPACE:
+        return (
+            "in a PID namespace of its own rsplice cannot tell which process is which: "
+            "run it on the host, or give the container the host's (--pid host)"
+        )
     lacking = missing_capabilities()
     if lacking:
         return (

@@ -431,3 +431,15 @@ def test_the_command_inherits_nothing_of_bpf() -> None:
 def test_json_on_standard_output_is_one_document() -> None:
     result = audit(["true"], "--json", "-", "-q")
     assert json.loads(result.stdout)["schema"] == "rsplice.audit/1"
+
+
+def test_a_pid_namespace_of_its_own(needs: Callable[..., None], tmp_path: Path) -> None:
+    """There pids mean others than in the kernel: nothing would be followed."""
+    needs("unshare")
+    ran = tmp_path / "ran"
+    launcher = ["unshare", "--pid", "--fork", "--mount-proc"]
+    result = audit(["touch", ran], launcher=launcher)
+    assert result.status == 125
+    assert "PID namespace" in result.message
+    assert "--pid host" in result.message
+    assert not ran.exists()
