@@ -61,7 +61,6 @@ FIELDS: list[Field] = [
         REGS_ARG1 pt_regs.si
         REGS_ARG2 pt_regs.dx
         REGS_ARG3 pt_regs.r10
-        REGS_ARG4 pt_regs.r8
         REGS_ARG5 pt_regs.r9
         REGS_BX pt_regs.bx
         TASK_STATUS task_struct.thread_info.status

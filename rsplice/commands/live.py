@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             if demo:
                 session.shown = ["rsplice", "workload", "mixed"]
             session.start()
-            last = run_live(session, Console(), interval=args.interval)
+            run_live(session, Console(), interval=args.interval)
             if session.command and session.command.wait(0) is None:
                 session.command.end()
             session.stop()

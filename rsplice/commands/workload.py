@@ -27,7 +27,6 @@ _MAX_THREADS = 64
 _MAX_COUNT = 1 << 40
 _MAX_PACED_COUNT = 1 << 16
 
-HELP = "list the built-in workloads, or run one"
 EXAMPLES = """\
 EXAMPLES
   rsplice workload                               the list

@@ -20,7 +20,6 @@
 #define S_IFMT		 0170000
 #define S_IFSOCK	 0140000
 #define S_IFBLK		 0060000
-#define S_IFREG		 0100000
 #define S_IFCHR		 0020000
 #define S_IFIFO		 0010000
 #define O_DIRECT	 040000

@@ -15,8 +15,6 @@
 #define OP_RECVMSG	     10
 #define OP_RECV		     27
 #define OP_READ_MULTISHOT    49
-#define OP_SPLICE	     30
-#define OP_TEE		     33
 
 /* Completions without a request (multishot, zero-copy notifications) name it by these. */
 struct uring_key {

@@ -310,7 +310,7 @@ static __always_inline void apply(struct walk *walk, struct call *call, struct t
 /*
  * copy_file_range between files of one disk filesystem: what was copied is in the destination's
  * page cache (dirty, so it cannot have been evicted), what was remapped is in no page cache
- * (generic_remap_file_range_prep() and the filesystems drop it).
+ * (generic_remap_file_range_prep() and the filesystems drop it). DAX files have no page cache.
  */
 static __always_inline bool judge_extents(struct call *call, struct tally *tally, u64 in_end,
 					  u64 out_end)
@@ -318,7 +318,8 @@ static __always_inline bool judge_extents(struct call *call, struct tally *tally
 	u64 out, in;
 
 	if (!END_IS_FILESYSTEM(call->destination.id) || call->destination.direct ||
-	    call->source.direct || call->source.id != call->destination.id ||
+	    call->source.direct || call->source.dax || call->destination.dax ||
+	    call->source.id != call->destination.id ||
 	    !(read32((call->destination.id & ~1ULL) + FSTYPE_FLAGS) & FS_REQUIRES_DEV))
 		return false;
 	out = cached_page(read64(call->destination.file + FILE_MAPPING), (out_end - 1) >> 12);
