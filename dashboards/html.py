@@ -6,7 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from rsplice.audit import DISPOSITIONS, Accuracy, Audit, Counts, Finding, Path, Process
+from rsplice.audit import (
+    DISPOSITIONS,
+    Accuracy,
+    Audit,
+    Counts,
+    Finding,
+    Path,
+    Process,
+    RspliceCalls,
+)
 from rsplice.dashboards import phrases
 from rsplice.dashboards.text import command_line, sanitise
 
@@ -60,6 +69,8 @@ def _body(audit: Audit) -> Iterator[str]:
     yield f'<p class="totals">{_safe(phrases.totals(totals, lost))}</p>'
     yield _bar(totals) + _key()
     yield "<h2>Paths</h2>" + _table("Path", map(_path_row, audit.paths))
+    if audit.rsplice_calls:
+        yield "<h2>librsplice</h2>" + _calls_table(audit)
     if audit.findings:
         yield "<h2>Findings</h2>"
         yield from map(_finding, phrases.by_kind(audit.findings))
@@ -100,6 +111,32 @@ def _process_row(process: Process, known: Accuracy) -> str:
     )
     name = _safe(phrases.process_name(process))
     return _row(f'{name}<div class="why">{_safe(pages)}</div>', process.counts)
+
+
+def _calls_table(audit: Audit) -> str:
+    """What librsplice meant to do, beside what became of it."""
+    callers = [(phrases.process_name(p), p.rsplice_calls) for p in audit.processes]
+    callers = [(name, calls) for name, calls in callers if calls]
+    if len(callers) != 1:
+        callers = [("all", audit.rsplice_calls), *callers]
+    headings = ("Process", "Calls", "Bytes", "Intended", "Seen")
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    return f"<table><tr>{head}</tr>{''.join(_calls_row(*c) for c in callers)}</table>"
+
+
+def _calls_row(name: str, calls: RspliceCalls) -> str:
+    differs = "".join(
+        f'<div class="violation">{_safe(phrases.differs(sentence))}</div>'
+        for sentence in calls.differences
+    )
+    why = f'<div class="why">{_safe(phrases.ways(calls))}</div>'
+    nbytes = calls.published.nbytes
+    seen = "<br>".join(map(_safe, phrases.seen(calls))) or "nothing"
+    return (
+        f"<tr><td>{_safe(name)}{why}{differs}</td><td>{calls.reserved.calls}</td>"
+        f'<td title="{nbytes} bytes">{_safe(phrases.size(nbytes))}</td>'
+        f"<td>{_safe(phrases.intended(calls))}</td><td>{seen}</td></tr>"
+    )
 
 
 def _row(name: str, counts: Counts) -> str:

@@ -124,6 +124,7 @@ class LiveView:
             phrases.totals(audit.totals, audit.accuracy.events_lost),
             f"now copied {phrases.copied(now)}/s, avoided {phrases.avoided(now)}/s",
             *(text.plain for text in self._path_rows(entries, WIDTH)),
+            *_rsplice_lines(audit),
             *(phrases.finding(found) for found in phrases.by_kind(audit.findings)),
             phrases.page_tables(audit.pages, audit.accuracy),
             phrases.page_cache(audit.pages, audit.accuracy),
@@ -175,7 +176,8 @@ class LiveView:
             phrases.page_tables(audit.pages, audit.accuracy),
             phrases.page_cache(audit.pages, audit.accuracy),
         )
-        return [*map(Text, pages), *known.wrap(console, width), Text(_KEYS, style="reverse")]
+        lines = map(Text, (*_rsplice_lines(audit), *pages))
+        return [*lines, *known.wrap(console, width), Text(_KEYS, style="reverse")]
 
     def _body(self, console: Console, width: int, room: int) -> Iterator[Text]:
         if self._help:
@@ -244,6 +246,14 @@ class LiveView:
             for sentence in (phrases.first_seen(found), sanitise(found.advice)):
                 for part in Text(sentence).wrap(console, max(1, width - 4)):
                     yield Text("    ").append_text(part)
+
+
+def _rsplice_lines(audit: Audit) -> list[str]:
+    """What librsplice meant and what was seen; nothing where nobody called it."""
+    calls = audit.rsplice_calls
+    if not calls:
+        return []
+    return [phrases.rsplice_calls(calls), *map(phrases.differs, calls.differences)]
 
 
 def _head_line(name: str, now: str, so_far: str) -> Text:

@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from rsplice.audit import DISPOSITIONS, Accuracy, Counts, Finding, PageCounts, Process
+from rsplice.audit import (
+    DISPOSITIONS,
+    Accuracy,
+    Counts,
+    Finding,
+    PageCounts,
+    Path,
+    Process,
+    RspliceCalls,
+)
 from rsplice.dashboards.text import sanitise
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -104,6 +113,46 @@ def totals(counts: Counts, lost: int = 0) -> str:
     )
 
 
+def intended(calls: RspliceCalls) -> str:
+    """What librsplice says became of the bytes: "moved 1.00 MiB, copied 3 B"."""
+    published = vars(calls.published).items()
+    told = (f"{name} {size(nbytes)}" for name, nbytes in published if nbytes and name != "calls")
+    return ", ".join(told) or "nothing handed on"
+
+
+def seen(calls: RspliceCalls) -> list[str]:
+    """What the kernel was seen to do in the calls of librsplice, a phrase for each path."""
+    return [f"{sanitise(path.name)}: {_all_dispositions(path)}" for path in calls.seen]
+
+
+def _all_dispositions(path: Path) -> str:
+    counts = path.counts
+    copied_ = [f"copied {size(counts.copy_bytes)}"] if counts.copy_bytes else []
+    return ", ".join([*copied_, *filter(None, [dispositions(counts)])])
+
+
+def ways(calls: RspliceCalls) -> str:
+    """How librsplice filled, why it fell back, what it aborted; "" if there is nothing of these."""
+    filled = ", ".join(f"{how} {size(n)}" for how, n in vars(calls.filled).items() if n)
+    fell_back = ", ".join(f"{size(f.nbytes)} ({sanitise(f.why)})" for f in calls.fallbacks)
+    aborted = size(calls.aborted.nbytes) if calls.aborted.calls else ""
+    parts = {"filled": filled, "fell back": fell_back, "aborted": aborted}
+    return "; ".join(f"{name} {text}" for name, text in parts.items() if text)
+
+
+def differs(sentence: str) -> str:
+    """A difference between what librsplice says and what was seen."""
+    return f"DIFFERS: {sanitise(sentence)}"
+
+
+def rsplice_calls(calls: RspliceCalls) -> str:
+    """All of it in one line: calls, bytes, intended, seen copied."""
+    return (
+        f"rsplice: {plural(calls.reserved.calls, 'call')}, intended {intended(calls)}; "
+        f"seen copied {copied(calls.seen_counts)}"
+    )
+
+
 def page_tables(pages: PageCounts, known: Accuracy) -> str:
     """The page-table references; "?" for what was not counted."""
     return (
@@ -163,6 +212,8 @@ def accuracy(known: Accuracy, *, details: bool = True) -> str:
         f"accuracy: {plural(len(known.probes_attached), 'probe')} attached, {missing}, "
         f"{plural(known.events_lost, 'event')} lost, {plural(known.unknown_bytes, 'byte')} unknown"
     )
+    if known.usdt_files:
+        line += f", librsplice in {plural(len(known.usdt_files), 'file')}"
     checked = {"sample": ", pages of some calls compared", "off": ", no pages compared"}
     return line + checked.get(known.identity, "")
 

@@ -11,7 +11,7 @@ from typing import IO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from rsplice.audit import Audit, Counts, Finding, PageCounts, Path
+from rsplice.audit import Audit, Counts, Finding, PageCounts, Path, RspliceCalls
 from rsplice.dashboards import phrases
 from rsplice.dashboards.table import Column, header, tall_row
 from rsplice.dashboards.text import command_line, emit, sanitise
@@ -27,11 +27,13 @@ _COLUMNS = (
     Column("COPIES/B", 9),
     Column("EVIDENCE", 10, left=True),
 )
+_CALL_COLUMNS = (Column("CALLS", 7), Column("BYTES", 9))
+_SEEN_MAX = 8
 STYLES = {"violation": "bold red", "hazard": "yellow", "missed move": "cyan"}
 
 
 class Report:
-    """Draws an audit: totals, paths, findings, processes, pages, accuracy."""
+    """Draws an audit: totals, paths, librsplice, findings, processes, pages, accuracy."""
 
     def __init__(self, audit: Audit, *, recorded: bool = False) -> None:
         self._audit = audit
@@ -48,6 +50,7 @@ class Report:
         yield Text()
         yield from _path_lines(audit.paths, width)
         yield Text()
+        yield from _rsplice_lines(audit, width)
         yield from _finding_lines(audit.findings)
         if len(audit.processes) > 1:
             yield from _process_lines(audit, width)
@@ -143,6 +146,34 @@ def _path_lines(paths: list[Path], width: int) -> Iterator[Text]:
     for path in sorted(paths, key=lambda p: -p.counts.copy_bytes):
         yield from tall_row(sanitise(path.name), _COLUMNS, _cells(path.counts), width)
         yield from _notes(phrases.dispositions(path.counts), path.why)
+
+
+def _rsplice_lines(audit: Audit, width: int) -> Iterator[Text]:
+    """What librsplice meant to do, beside what became of it."""
+    callers = [process for process in audit.processes if process.rsplice_calls]
+    if not audit.rsplice_calls:
+        return
+    yield header("LIBRSPLICE", _CALL_COLUMNS, width)
+    if len(callers) != 1:
+        yield from _call_lines("all", audit.rsplice_calls, width)
+    for process in callers[:_PROCESSES_MAX]:
+        yield from _call_lines(phrases.process_name(process), process.rsplice_calls, width)
+    if len(callers) > _PROCESSES_MAX:
+        yield Text(f"and {len(callers) - _PROCESSES_MAX} more, all in the JSON")
+    yield Text()
+
+
+def _call_lines(name: str, calls: RspliceCalls, width: int) -> Iterator[Text]:
+    cells = [phrases.count(calls.reserved.calls), phrases.size(calls.published.nbytes)]
+    yield from tall_row(name, _CALL_COLUMNS, cells, width)
+    yield from _notes(f"intended: {phrases.intended(calls)}")
+    seen = phrases.seen(calls)
+    yield from _notes(*(f"seen:     {path}" for path in seen[:_SEEN_MAX] or ["nothing"]))
+    if len(seen) > _SEEN_MAX:
+        yield from _notes(f"and {len(seen) - _SEEN_MAX} more paths, all in the JSON")
+    yield from _notes(phrases.ways(calls))
+    for sentence in calls.differences:
+        yield Text(_INDENT + phrases.differs(sentence), style=STYLES["violation"])
 
 
 def _finding_lines(findings: list[Finding]) -> Iterator[Text]:

@@ -106,6 +106,12 @@ class Path:
     def name(self) -> str:
         return f"{self.source} -> {self.destination} via {self.via}"
 
+    @property
+    def fills_pipe(self) -> bool:
+        """Whether data comes out of a file or socket into a pipe."""
+        pipes = ("pipe", "fifo")
+        return self.destination in pipes and self.source not in (*pipes, "user memory")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "source": self.source,
@@ -119,6 +125,137 @@ class Path:
     def from_json(data: dict[str, Any]) -> Path:
         return Path(
             data["source"], data["destination"], data["via"], Counts.from_json(data), data["why"]
+        )
+
+
+@dataclass
+class Amount:
+    """Probes that were hit, and the bytes that they told of."""
+
+    calls: int = 0
+    nbytes: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {"calls": self.calls, "bytes": self.nbytes}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Amount:
+        return Amount(data["calls"], data["bytes"])
+
+
+@dataclass
+class Filled:
+    """Bytes by how they came into their pages."""
+
+    direct: int = 0  #: a device wrote them: O_DIRECT
+    reference: int = 0  #: in pages of the source itself
+    copied: int = 0  #: by the CPU
+    generated: int = 0  #: made by the CPU
+    unknown: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.direct + self.reference + self.copied + self.generated + self.unknown
+
+
+@dataclass
+class Published:
+    """Bytes by what the library says became of them; the words are those of a leg."""
+
+    calls: int = 0
+    moved: int = 0
+    shared: int = 0
+    direct: int = 0
+    copied: int = 0
+    unknown: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.moved + self.shared + self.direct + self.copied + self.unknown
+
+
+@dataclass
+class Fallback:
+    """Bytes that the library had to have copied, for one reason."""
+
+    why: str
+    calls: int
+    nbytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"why": self.why, "calls": self.calls, "bytes": self.nbytes}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Fallback:
+        return Fallback(data["why"], data["calls"], data["bytes"])
+
+
+#: struct fuse_out_header, which the library puts in front of a reply: no payload of its calls.
+_REPLY_HEADER = 16
+
+
+@dataclass
+class RspliceCalls:
+    """Calls of librsplice: what it meant to do, by its USDT probes, and what was seen in them."""
+
+    reserved: Amount = field(default_factory=Amount)
+    filled: Filled = field(default_factory=Filled)
+    published: Published = field(default_factory=Published)
+    fallbacks: list[Fallback] = field(default_factory=list)  #: most bytes first
+    aborted: Amount = field(default_factory=Amount)
+    seen: list[Path] = field(default_factory=list)  #: the legs made inside these calls
+
+    def __bool__(self) -> bool:
+        return self != RspliceCalls()
+
+    @property
+    def seen_counts(self) -> Counts:
+        """The sum of what was seen. A byte that came and went by a pipe was in two legs."""
+        total = Counts()
+        for path in self.seen:
+            total.add(path.counts)
+        return total
+
+    @property
+    def differences(self) -> list[str]:
+        """Where intention and fate differ, a sentence each; what nobody saw is no difference."""
+        said, seen = self.published, self.seen_counts
+        # Filled, and then the consumer failed, or has not been given them yet.
+        pending = max(0, self.filled.nbytes - said.nbytes)
+        headers = _REPLY_HEADER * self.reserved.calls
+        lent = sum(path.counts.shared for path in self.seen if path.fills_pipe)
+        most = seen.copy_bytes + seen.unknown
+        sentences = []
+        if seen.payload_bytes < said.nbytes:
+            sentences.append(f"{said.nbytes} bytes handed on, {seen.payload_bytes} seen")
+        elif said.copied > most:
+            sentences.append(f"{said.copied} bytes copied, no more than {most} seen copied")
+        if seen.copy_bytes > said.copied + said.unknown + pending + headers:
+            sentences.append(f"{said.copied} bytes copied, {seen.copy_bytes} seen copied")
+        if lent > said.shared + said.copied + said.unknown + pending + seen.discarded:
+            sentences.append(f"{said.shared} bytes shared, {lent} seen shared with the source")
+        return [f"by the library's word {sentence}" for sentence in sentences]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "reserved": self.reserved.to_json(),
+            "filled": dict(vars(self.filled)),
+            "published": dict(vars(self.published)),
+            "fallbacks": [f.to_json() for f in self.fallbacks],
+            "aborted": self.aborted.to_json(),
+            "seen": [p.to_json() for p in self.seen],
+            "differences": self.differences,
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> RspliceCalls:
+        return RspliceCalls(
+            Amount.from_json(data["reserved"]),
+            Filled(**data["filled"]),
+            Published(**data["published"]),
+            [Fallback.from_json(f) for f in data["fallbacks"]],
+            Amount.from_json(data["aborted"]),
+            [Path.from_json(p) for p in data["seen"]],
         )
 
 
@@ -145,6 +282,7 @@ class Process:
     comm: str
     paths: list[Path] = field(default_factory=list)
     pages: PageCounts = field(default_factory=PageCounts)
+    rsplice_calls: RspliceCalls = field(default_factory=RspliceCalls)
 
     @property
     def counts(self) -> Counts:
@@ -159,6 +297,7 @@ class Process:
             "comm": self.comm,
             "paths": [p.to_json() for p in self.paths],
             **_pages_to_json(self.pages),
+            **({"rsplice_calls": self.rsplice_calls.to_json()} if self.rsplice_calls else {}),
         }
 
     @staticmethod
@@ -168,6 +307,7 @@ class Process:
             data["comm"],
             [Path.from_json(p) for p in data["paths"]],
             _pages_from_json(data),
+            _calls_from_json(data),
         )
 
 
@@ -208,6 +348,7 @@ class Accuracy:
     unknown_bytes: int = 0
     identity: str = "all"  #: "all", "sample" or "off": how many calls had their pages compared
     uncounted: list[str] = field(default_factory=list)  #: PageCounts that nobody counted: not zero
+    usdt_files: list[str] = field(default_factory=list)  #: whose probes of librsplice are attached
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -217,6 +358,7 @@ class Accuracy:
             "unknown_bytes": self.unknown_bytes,
             "identity": self.identity,
             "uncounted": self.uncounted,
+            "usdt_files": self.usdt_files,
         }
 
     @staticmethod
@@ -228,6 +370,7 @@ class Accuracy:
             data["unknown_bytes"],
             data.get("identity", "all"),
             list(data.get("uncounted", [])),
+            list(data.get("usdt_files", [])),
         )
 
 
@@ -246,6 +389,7 @@ class Audit:
     pages: PageCounts = field(default_factory=PageCounts)
     findings: list[Finding] = field(default_factory=list)
     accuracy: Accuracy = field(default_factory=Accuracy)
+    rsplice_calls: RspliceCalls = field(default_factory=RspliceCalls)  #: of all processes
 
     def to_json(self) -> dict[str, Any]:
         """The document of schema rsplice.audit/1."""
@@ -262,6 +406,7 @@ class Audit:
             "paths": [p.to_json() for p in self.paths],
             "processes": [p.to_json() for p in self.processes],
             **_pages_to_json(self.pages),
+            "rsplice_calls": self.rsplice_calls.to_json(),
             "findings": [f.to_json() for f in self.findings],
             "accuracy": self.accuracy.to_json(),
         }
@@ -283,7 +428,14 @@ class Audit:
             _pages_from_json(data),
             [Finding.from_json(f) for f in data["findings"]],
             Accuracy.from_json(data["accuracy"]),
+            _calls_from_json(data),
         )
+
+
+def _calls_from_json(data: dict[str, Any]) -> RspliceCalls:
+    """Audits of before librsplice was traced have none."""
+    calls = data.get("rsplice_calls")
+    return RspliceCalls() if calls is None else RspliceCalls.from_json(calls)
 
 
 def _pages_to_json(pages: PageCounts) -> dict[str, Any]:

@@ -42,7 +42,43 @@ FLAGS = {
     "gift": "vmsplice with SPLICE_F_GIFT",
     "remap": "the call asked for shared extents (FICLONE, FICLONERANGE)",
     "errqueue": "recv with MSG_ERRQUEUE",
+    "rsplice": "made inside a call of librsplice",
 }
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A USDT probe of librsplice that a process ran through, added up."""
+
+    process: int  #: key of the process
+    probe: str  #: see MARKS
+    detail: int  #: of "fill" how (see HOWS), of "fallback" why (see WHYS), else 0
+    calls: int
+    nbytes: tuple[int, ...]  #: as many numbers of bytes as MARKS names
+
+
+#: The probes (csrc/probes.h), and what their numbers of bytes are.
+MARKS = {
+    "reserve": ("reserved",),
+    "fill": ("filled",),
+    "publish": ("moved", "shared", "direct", "copied", "unknown"),
+    "fallback": ("copied",),
+    "abort": ("aborted",),
+}
+
+#: enum rsplice_how of csrc/probes.h; any other is unknown.
+HOWS = ("direct", "reference", "copied", "generated", "unknown")
+
+#: RSPLICE_WHY_* of csrc/rsplice.h by bit, as sentences show them.
+WHYS = (
+    "the source cannot be read with O_DIRECT",
+    "not aligned to a block or page",
+    "less than a whole page or block",
+    "out of socket buffers",
+    "out of a pipe's pages",
+    "the CPU makes the bytes of this source",
+    "more pages than a pipe has slots",
+)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,20 @@ from dataclasses import dataclass, field, replace
 from rsplice.audit import (
     DISPOSITIONS,
     Accuracy,
+    Amount,
     Audit,
     Counts,
     Evidence,
+    Fallback,
+    Filled,
     Finding,
     PageCounts,
     Path,
     Process,
+    Published,
+    RspliceCalls,
 )
-from rsplice.events import FLAGS, ProcessSeen, Tally
+from rsplice.events import FLAGS, HOWS, MARKS, WHYS, Mark, ProcessSeen, Tally
 from rsplice.rules import SINK, Leg, Verdict, Version, classify, leg_indices, why_seen
 
 #: Violations are shown before hazards, and these before missed moves.
@@ -48,12 +53,21 @@ class Ledger:
         self._rows: dict[tuple[int, str, str, str], _Row] = {}
         self._processes: dict[int, ProcessSeen] = {}
         self._findings: dict[tuple[str, str], Finding] = {}
+        self._calls: dict[int, _Calls] = {}  # of librsplice, by process
 
     def add(self, tally: Tally) -> None:
         """Adds the bytes of *tally*; ValueError, with nothing added, if it contradicts itself."""
         _check(tally)
-        key = (tally.process, str(tally.source), str(tally.destination), tally.via)
-        self._row(key).add(_row_of(tally, self._kernel))
+        path = (str(tally.source), str(tally.destination), tally.via)
+        row = _row_of(tally, self._kernel)
+        self._row((tally.process, *path)).add(row)
+        if "rsplice" in tally.flags:
+            self._calls_of(tally.process).seen.setdefault(path, _Row()).add(row)
+
+    def mark(self, mark: Mark) -> None:
+        """Adds what librsplice said; ValueError, with nothing added, if it contradicts itself."""
+        _check_mark(mark)
+        self._calls_of(mark.process).said.update(_sums(mark))
 
     def see(self, process: ProcessSeen) -> None:
         """Notes who a process is; what was known under the same key is replaced."""
@@ -74,6 +88,8 @@ class Ledger:
             raise ValueError(f"a ledger of kernel {other._kernel} with one of {self._kernel}")
         for key, row in list(other._rows.items()):
             self._row(key).add(row)
+        for number, calls in list(other._calls.items()):
+            self._calls_of(number).add(calls)
         for process in list(other._processes.values()):
             known = self._processes.get(process.key)
             self.see(process if known is None else _one_process(known, process))
@@ -111,21 +127,27 @@ class Ledger:
             pages=pages,
             findings=sorted((deepcopy(f) for f in self._findings.values()), key=_finding_order),
             accuracy=replace(deepcopy(accuracy or Accuracy()), unknown_bytes=totals.unknown),
+            rsplice_calls=_rsplice_calls(self._calls.values()),
         )
 
     def _row(self, key: tuple[int, str, str, str]) -> _Row:
         return self._rows.setdefault(key, _Row())
 
+    def _calls_of(self, process: int) -> _Calls:
+        return self._calls.setdefault(process, _Calls())
+
     def _process_list(self) -> list[Process]:
         rows: dict[int, list[tuple[tuple[str, str, str], _Row]]] = {
-            key: [] for key in self._processes
+            key: [] for key in (*self._processes, *self._calls)
         }
         for (process, *path), row in self._rows.items():
             rows.setdefault(process, []).append(((path[0], path[1], path[2]), row))
         processes = []
         for key in sorted(rows):
             seen = self._processes.get(key, ProcessSeen(key, 0, "?"))
-            processes.append(Process(seen.pid, seen.comm, _paths(rows[key]), replace(seen.pages)))
+            calls = _rsplice_calls([self._calls[key]] if key in self._calls else [])
+            paths = _paths(rows[key])
+            processes.append(Process(seen.pid, seen.comm, paths, replace(seen.pages), calls))
         return sorted(processes, key=lambda p: (*_by_size(p.counts), p.pid, p.comm))
 
 
@@ -160,6 +182,72 @@ class _Row:
         told = "copied" if self.counts.copied else largest
         reasons = ((n, leg, why) for (d, leg, why), n in self.whys.items() if d == told)
         return max(reasons)[2]
+
+
+@dataclass
+class _Calls:
+    """Of librsplice: what it said, (probe, detail, what) -> number, and the paths inside."""
+
+    said: Counter[tuple[str, int, str]] = field(default_factory=Counter)
+    seen: dict[tuple[str, str, str], _Row] = field(default_factory=dict)
+
+    def add(self, other: _Calls) -> None:
+        self.said.update(other.said)
+        for path, row in other.seen.items():
+            self.seen.setdefault(path, _Row()).add(row)
+
+    def amount(self, probe: str, what: str) -> Amount:
+        return Amount(self.said[probe, 0, "calls"], self.said[probe, 0, what])
+
+
+def _sums(mark: Mark) -> dict[tuple[str, int, str], int]:
+    """What a mark adds to each number of a process."""
+    named = {"calls": mark.calls, **dict(zip(MARKS[mark.probe], mark.nbytes, strict=True))}
+    return {(mark.probe, mark.detail, what): number for what, number in named.items()}
+
+
+def _rsplice_calls(parts: Iterable[_Calls]) -> RspliceCalls:
+    whole = _Calls()
+    for part in parts:
+        whole.add(part)
+    said = whole.said
+    fallbacks: dict[str, Fallback] = {}
+    filled = Filled()
+    for (probe, detail, what), number in said.items():
+        if probe == "fallback":
+            why = _why(detail)
+            known = fallbacks.setdefault(why, Fallback(why, 0, 0))
+            field_name = "calls" if what == "calls" else "nbytes"
+            setattr(known, field_name, getattr(known, field_name) + number)
+        elif probe == "fill" and what == "filled":
+            how = HOWS[detail] if detail < len(HOWS) else "unknown"
+            setattr(filled, how, getattr(filled, how) + number)
+    return RspliceCalls(
+        whole.amount("reserve", "reserved"),
+        filled,
+        Published(*(said["publish", 0, what] for what in ("calls", *MARKS["publish"]))),
+        sorted(fallbacks.values(), key=lambda f: (-f.nbytes, f.why)),
+        whole.amount("abort", "aborted"),
+        _paths(whole.seen.items()),
+    )
+
+
+def _why(detail: int) -> str:
+    """The reasons of a fallback, each a bit."""
+    known = [why for bit, why in enumerate(WHYS) if detail >> bit & 1]
+    if detail >> len(WHYS) or not detail:
+        known.append(f"reason {detail >> len(WHYS) << len(WHYS):#x}")
+    return "; ".join(known)
+
+
+def _check_mark(mark: Mark) -> None:
+    """ValueError if *mark* cannot come from a sound tracer."""
+    if mark.probe not in MARKS or len(mark.nbytes) != len(MARKS[mark.probe]):
+        raise ValueError(f"no such probe, or not its numbers, in {mark}")
+    if min(mark.detail, mark.calls, *mark.nbytes) < 0:
+        raise ValueError(f"negative number in {mark}")
+    if mark.detail and mark.probe not in ("fill", "fallback"):
+        raise ValueError(f"a detail where there is none in {mark}")
 
 
 def _row_of(tally: Tally, kernel: Version) -> _Row:

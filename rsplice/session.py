@@ -16,6 +16,7 @@ from rsplice.audit import Accuracy, Audit
 from rsplice.errors import RspliceError
 from rsplice.launch import Command
 from rsplice.ledger import Ledger
+from rsplice.tracers import usdt
 from rsplice.tracers.capability import reason
 from rsplice.tracers.tracer import Tracer
 
@@ -57,7 +58,7 @@ class Session:
         self._ended: float | None = None
         self._last: Audit | None = None
         try:
-            self.tracer = Tracer(identity, everything)
+            self.tracer = Tracer(identity, everything, files=usdt.find(argv, pids))
             for pid in pids:
                 self.tracer.follow(pid)
         except BaseException:
@@ -121,12 +122,15 @@ class Session:
             ledger.add(tally)
         for process in reading.processes:
             ledger.see(process)
+        for mark in reading.marks:
+            ledger.mark(mark)
         accuracy = Accuracy(
             list(self.tracer.attached),
             list(self.tracer.missing),
             reading.events_lost,
             identity=self.tracer.identity,
             uncounted=self.tracer.uncounted,
+            usdt_files=list(self.tracer.usdt_files),
         )
         return ledger.audit(
             command=self.shown,

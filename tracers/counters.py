@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rsplice.audit import Endpoint, PageCounts
 from rsplice.errors import RspliceError
-from rsplice.events import ProcessSeen, Tally
-from rsplice.tracers import operations
+from rsplice.events import MARKS, Mark, ProcessSeen, Tally
+from rsplice.tracers import operations, usdt
 from rsplice.tracers.kinds import is_filesystem, kind_name
 from rsplice.tracers.program import Map, Program
 
@@ -29,6 +30,10 @@ _WISH = struct.Struct("=QQ")
 _DISPOSITIONS = ("copied", "shared", "moved", "direct", "remapped", "discarded")
 _FLAGS = ("compat", "zerocopy", "loopback", "trunc", "peek", "move", "gift", "remap", "errqueue")
 _SRC_DIRECT, _SRC_DAX, _DST_DIRECT, _DST_DAX = 1 << 9, 1 << 10, 1 << 11, 1 << 12
+_RSPLICE = 1 << 13  # bpf/usdt.h
+# bpf/usdt.c
+_MARK_KEY = struct.Struct("=QII")
+_MARK = struct.Struct("=6Q")
 
 #: How often counters are read again because some of them moved meanwhile.
 _READ_TRIES = 5
@@ -42,6 +47,7 @@ class Reading:
 
     tallies: list[Tally] = field(default_factory=list)
     processes: list[ProcessSeen] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     events_lost: int = 0
 
 
@@ -51,9 +57,12 @@ class Counters:
     :param program: the compiled programs, which own the maps
     :param has_flows: what leaves sockets is watched
     :param nr_slots: entries of the map "slots"
+    :param has_marks: probes of librsplice are watched
     """
 
-    def __init__(self, program: Program, has_flows: bool, nr_slots: int) -> None:
+    def __init__(
+        self, program: Program, has_flows: bool, nr_slots: int, has_marks: bool = False
+    ) -> None:
         self._nr_slots = nr_slots
         self._tallies = program.map("tallies")
         self._processes = program.map("processes")
@@ -67,12 +76,15 @@ class Counters:
         self._names = program.map("filesystem_names")
         self._flows: Map | None = program.map("flows") if has_flows else None
         self._wishes: Map | None = program.map("wishes") if has_flows else None
+        self._marks: Map | None = program.map("usdt_marks") if has_marks else None
+        self._lost_marks: Map | None = program.map("usdt_lost") if has_marks else None
         self._filesystems: dict[int, str] = {}
         self._ended = program.map("nr_ended")
         # Of processes that have ended: taken out of the kernel's maps to make room.
         self._retired: dict[bytes, list[int]] = {}
         self._retired_pages: dict[bytes, list[int]] = {}
         self._retired_processes: dict[bytes, bytes] = {}
+        self._retired_marks: dict[bytes, bytes] = {}
 
     def follow(self, pid: int) -> None:
         """Follows the process of *pid* and the children that it makes from now on.
@@ -114,6 +126,11 @@ class Counters:
                 before = self._retired_pages.get(key, [0] * 4)
                 self._retired_pages[key] = _add(before, _sum(_PAGES, values))
                 self._pages.delete(key)
+        if self._marks is not None:
+            for key, values in self._marks.items():
+                if key[:8] in gone:
+                    self._retired_marks[key] = values[0]
+                    self._marks.delete(key)
         for key, process in gone.items():
             self._retired_processes[key] = process
             self._processes.delete(key)
@@ -143,8 +160,17 @@ class Counters:
             name = comm.split(b"\0")[0].decode(errors="replace")
             (number,) = struct.unpack("=Q", key)
             reading.processes.append(ProcessSeen(number, pid, name, counts_of))
+        reading.marks = self._read_marks()
         reading.events_lost = self._count(self._lost)
+        if self._lost_marks is not None:
+            reading.events_lost += self._count(self._lost_marks)
         return reading
+
+    def _read_marks(self) -> list[Mark]:
+        if self._marks is None:
+            return []
+        raw = self._retired_marks | {key: values[0] for key, values in self._marks.items()}
+        return [_mark(key, value) for key, value in raw.items()]
 
     def _raw_tallies(self) -> dict[bytes, list[int]]:
         """Key -> counters, from wherever they stand: retired, in the hash, in front of it."""
@@ -204,7 +230,7 @@ class Counters:
             Endpoint(self._kind(source), bool(flags & _SRC_DIRECT), bool(flags & _SRC_DAX)),
             Endpoint(self._kind(destination), bool(flags & _DST_DIRECT), bool(flags & _DST_DAX)),
             operations.via_name(via),
-            frozenset(name for i, name in enumerate(_FLAGS) if flags & 1 << i),
+            frozenset(_flags(flags)),
             counts[0],
             nbytes,
             identity,
@@ -218,6 +244,19 @@ class Counters:
                 name = values[0].split(b"\0")[0].decode(errors="replace")
                 self._filesystems[struct.unpack("=Q", address)[0]] = name
         return kind_name(end, self._filesystems)
+
+
+def _flags(flags: int) -> Iterator[str]:
+    yield from (name for i, name in enumerate(_FLAGS) if flags & 1 << i)
+    if flags & _RSPLICE:
+        yield "rsplice"
+
+
+def _mark(key: bytes, value: bytes) -> Mark:
+    process, number, detail = _MARK_KEY.unpack(key)
+    calls, *nbytes = _MARK.unpack(value)
+    probe = usdt.NAMES[number]
+    return Mark(process, probe, detail, calls, tuple(nbytes[: len(MARKS[probe])]))
 
 
 def _add(one: list[int], other: list[int]) -> list[int]:

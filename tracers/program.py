@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ from rsplice.errors import RspliceError
 from rsplice.tracers.btf import Btf
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "account.h", "pages.h", "sockets.h",
-            "syscalls.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
-            "io_uring.c")  # fmt: skip
+_SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h", "pages.h",
+            "sockets.h", "syscalls.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
+            "io_uring.c", "usdt.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4
-_PROG_LOAD, _RAW_TRACEPOINT_OPEN = 5, 17
-_TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 17, 26
-_ATTACH_TRACE_RAW_TP = 23
-_SYS_BPF = 321
+_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 17, 28
+_TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
+_ATTACH_TRACE_RAW_TP, _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 23, 41, 48
+_SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
+# include/uapi/linux/perf_event.h
+_PERF_ATTR_SIZE, _PERF_FLAG_FD_CLOEXEC = 112, 8
+_UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 _CALL, _PSEUDO_KFUNC_CALL = 0x85, 2
 _CAST_CALL = 0x7FFF0001  # access.h
 
@@ -56,6 +60,26 @@ def _bpf(command: int, attributes: bytes) -> int:
     if result < 0:
         raise BpfError(_libc.__errno_location()[0])
     return int(result)
+
+
+def _open_uprobe(path: Any, offset: int) -> int:
+    """An event for the instruction at *offset* of a file, in all processes. BpfError on failure."""
+    try:
+        kind = int(_UPROBE_TYPE.read_text())
+    except OSError:
+        raise BpfError(errno.EOPNOTSUPP, "this kernel has no uprobes") from None
+    attributes = struct.pack(
+        "=IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, *[0] * 7, _address(path), offset
+    )
+    attr = _ffi.new("char[]", attributes.ljust(_PERF_ATTR_SIZE, b"\0"))
+    everybody, any_cpu, no_group = (_ffi.cast("int", n) for n in (-1, 0, -1))
+    fd = _libc.syscall(
+        _ffi.cast("long", _SYS_PERF_EVENT_OPEN), attr, everybody, any_cpu, no_group,
+        _ffi.cast("unsigned long", _PERF_FLAG_FD_CLOEXEC),
+    )  # fmt: skip
+    if fd < 0:
+        raise BpfError(_libc.__errno_location()[0])
+    return int(fd)
 
 
 def _address(data: Any) -> int:
@@ -157,6 +181,7 @@ class Program:
         self._btf = btf
         self._direct = direct
         self._fds: list[int] = []
+        self._slow_fds: list[int] = []  # of uprobes
         os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "headers")
         try:
             from bcc import BPF
@@ -215,26 +240,34 @@ class Program:
 
         BpfError on failure. Several threads may load at once.
         """
+        code = self._code(function)
+        if not self._direct:
+            return self._load(function, code, _TYPE_RAW_TRACEPOINT)
+        self._use_cast(code)
+        attach_id = self._btf.tracepoint_id(tracepoint) or 0
+        return self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_RAW_TP, attach_id)
+
+    def _code(self, function: str) -> bytearray:
+        """The instructions of *function*; BpfError if the text has none of that name."""
         encoded = function.encode()
         start = self._lib.bpf_function_start(self._bcc.module, encoded)
         size = self._lib.bpf_function_size(self._bcc.module, encoded)
         if not start:
             raise BpfError(errno.ENOENT)
-        code = bytearray(_ffi.buffer(_ffi.cast("char *", start), size))
-        attach_type = attach_id = 0
-        program_type = _TYPE_RAW_TRACEPOINT
-        if self._direct:
-            program_type, attach_type = _TYPE_TRACING, _ATTACH_TRACE_RAW_TP
-            attach_id = self._btf.tracepoint_id(tracepoint) or 0
-            self._use_cast(code)
+        return bytearray(_ffi.buffer(_ffi.cast("char *", start), size))
+
+    @staticmethod
+    def _load(
+        function: str, code: bytearray, program_type: int, attach_type: int = 0, attach_id: int = 0
+    ) -> int:
         instructions = _ffi.from_buffer(code)
         licence = _ffi.new("char[]", b"GPL")
         for log_size in (0, 1 << 22):  # the verifier's log is only paid for when it is needed
             log = _ffi.new("char[]", log_size or 1)
             attributes = struct.pack(
-                "=IIQQIIQII16sIIIIQIIQII", program_type, size // 8, _address(instructions),
+                "=IIQQIIQII16sIIIIQIIQII", program_type, len(code) // 8, _address(instructions),
                 _address(licence), 1 if log_size else 0, log_size,
-                _address(log) if log_size else 0, 0, 0, encoded[:15], 0, attach_type,
+                _address(log) if log_size else 0, 0, 0, function.encode()[:15], 0, attach_type,
                 0, 0, 0, 0, 0, 0, 0, attach_id,
             )  # fmt: skip
             try:
@@ -245,6 +278,50 @@ class Program:
                     words = text.strip().splitlines()
                     raise BpfError(error.errno, " / ".join(words[-3:-1])) from None
         raise AssertionError("unreachable")
+
+    def load_uprobe(self, function: str, many: bool) -> int:
+        """Has the kernel check *function* for attach_uprobes(); the program's descriptor.
+
+        BpfError on failure.
+        """
+        return self._load(
+            function, self._code(function), _TYPE_KPROBE, _ATTACH_UPROBE_MULTI if many else 0
+        )
+
+    def attach_uprobes(
+        self, program: int, many: bool, file: int, places: Sequence[tuple[int, int]]
+    ) -> None:
+        """Attaches a program to instructions of a file, in all processes, or to none of them.
+
+        BpfError on failure. The program's descriptor stays the caller's.
+
+        :param many: by one link for all (Linux 6.6), else by an event each (Linux 5.15)
+        :param file: a descriptor of the file
+        :param places: offset of an instruction, and the cookie that the program is told there
+        """
+        path = _ffi.new("char[]", f"/proc/self/fd/{file}".encode())
+        if many:
+            offsets = _ffi.new("uint64_t[]", [offset for offset, _ in places])
+            cookies = _ffi.new("uint64_t[]", [cookie for _, cookie in places])
+            attributes = struct.pack(
+                "=IIIIQQQQIII", program, 0, _ATTACH_UPROBE_MULTI, 0, _address(path),
+                _address(offsets), 0, _address(cookies), len(places), 0, 0,
+            )  # fmt: skip
+            self._slow_fds.append(_bpf(_LINK_CREATE, attributes))
+            return
+        links: list[int] = []
+        try:
+            for offset, cookie in places:
+                event = _open_uprobe(path, offset)
+                where = struct.pack("=IIIIQ", program, event, _ATTACH_PERF_EVENT, 0, cookie)
+                try:
+                    links.append(_bpf(_LINK_CREATE, where))
+                finally:
+                    os.close(event)  # the link holds it
+        except BpfError:
+            _close_all(links)
+            raise
+        self._slow_fds += links
 
     def _use_cast(self, code: bytearray) -> None:
         """Turns calls of the placeholder into calls of the kfunc bpf_rdonly_cast."""
@@ -259,7 +336,16 @@ class Program:
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()
+        _close_all(self._slow_fds)
+        self._slow_fds.clear()
         self._bcc.cleanup()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    """Closes what holds uprobes: 50 to 100 ms for each, which all at once take as long as one."""
+    if fds:
+        with ThreadPoolExecutor(min(len(fds), 64)) as pool:
+            pool.map(os.close, fds)
 
 
 class _quiet:

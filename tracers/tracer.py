@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe
 from rsplice.errors import RspliceError
 from rsplice.tracers import layout as layouts
-from rsplice.tracers import operations
+from rsplice.tracers import operations, usdt
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.counters import Counters, map_sizes
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
@@ -114,22 +115,38 @@ class Tracer:
     :param identity: how many calls have their pages compared: "all", "sample" (1 in 17) or "off"
     :param follow_all: follow every process of the machine but this one
     :param direct: how kernel memory is read (bpf/access.h); None takes the faster that works
+    :param files: with probes of librsplice, as usdt.find() returned them; they are closed
     """
 
     def __init__(
-        self, identity: str = "all", follow_all: bool = False, direct: bool | None = None
+        self,
+        identity: str = "all",
+        follow_all: bool = False,
+        direct: bool | None = None,
+        files: Sequence[usdt.File] = (),
     ) -> None:
         self.identity = identity
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
+        self.usdt_files: list[str] = []  #: those whose probes are attached
+        self._files = files
         self._sizes = map_sizes(possible_cpus())
+        try:
+            self._begin(direct, follow_all)
+        finally:
+            for file in files:
+                file.close()
+
+    def _begin(self, direct: bool | None, follow_all: bool) -> None:
         btf = Btf()
         layout = layouts.resolve(btf)
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)
         has_flows = "net_dev_start_xmit" in self.attached
-        self.counters = Counters(self._program, has_flows, self._sizes["SLOTS"])
+        self.counters = Counters(
+            self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
+        )
 
     def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
         """Compiles and attaches; falls back to the slower reads where the faster are refused."""
@@ -140,11 +157,14 @@ class Tracer:
             "FOLLOW_ALL": int(follow_all),
             "SELF_PID": os.getpid(),
             "DIRECT": int(self.direct),
+            "USDT": int(bool(self._files)),
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         program = Program(source_text(defines), btf, self.direct)
         try:
             self._fill_tables(program)
+            # First, for they are what the processes that are followed rest on.
+            usdt.attach(program, self._files, self.usdt_files, self.missing)
             self._attach_all(program, btf, layout)
         except BpfError as error:
             program.close()
@@ -153,6 +173,7 @@ class Tracer:
             self.direct = False
             self.attached.clear()
             self.missing.clear()
+            self.usdt_files.clear()
             return self._start(btf, layout, follow_all)
         return program
 

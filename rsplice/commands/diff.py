@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rsplice.audit import DISPOSITIONS, Audit, Counts
+from rsplice.audit import DISPOSITIONS, Audit, Counts, RspliceCalls
 from rsplice.dashboards import phrases
 from rsplice.dashboards.text import emit, sanitise
 from rsplice.recording import load_audit
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def differences(before: Audit, after: Audit) -> list[str]:
-    """Lines that say what differs in totals, paths, findings and pages; none if nothing does."""
+    """Lines that say what differs, in the order of a report; none if nothing does."""
     return [
         line
         for old, new in zip(_groups(before), _groups(after), strict=True)
@@ -85,6 +85,7 @@ def _groups(audit: Audit) -> list[dict[str, Facts]]:
     return [
         {"totals": _counts(audit.totals)},
         {sanitise(path.name): _counts(path.counts) for path in audit.paths},
+        _rsplice_calls(audit.rsplice_calls),
         {sanitise(f"{f.kind}: {f.name}"): {"times": _number(f.count)} for f in audit.findings},
         {"pages": pages, "accuracy": {"probes missing": missing, "events lost": lost}},
     ]
@@ -99,6 +100,21 @@ def _counts(counts: Counts) -> Facts:
         **{name: _size(getattr(counts, name)) for name in others},
         "operations": _number(counts.operations),
         "evidence": Fact(counts.evidence, counts.evidence.word, None),
+    }
+
+
+def _rsplice_calls(calls: RspliceCalls) -> dict[str, Facts]:
+    if not calls:
+        return {}
+    handed_on = {name: n for name, n in vars(calls.published).items() if name != "calls"}
+    return {
+        "librsplice": {
+            "calls": _number(calls.reserved.calls),
+            **{name: _size(nbytes) for name, nbytes in handed_on.items()},
+            "aborted": _size(calls.aborted.nbytes),
+            "seen copied": _size(calls.seen_counts.copy_bytes),
+            "differences": _number(len(calls.differences)),
+        }
     }
 
 

@@ -16,9 +16,11 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 from rsplice.errors import RspliceError
-from rsplice.tracers import capability, layout
+from rsplice.tracers import capability, layout, usdt
 from rsplice.tracers.btf import RUNNING, Btf
-from rsplice.tracers.tracer import PROBES, Tracer
+from rsplice.tracers.tracer import PROBES, TAILS, Tracer
+
+_USDT = "librsplice"
 
 
 @dataclass
@@ -75,7 +77,7 @@ def diagnose() -> Diagnosis:
     try:
         if why_not := capability.reason():
             raise RspliceError(why_not)
-        tracer = Tracer()
+        tracer = Tracer(files=usdt.find())
     except RspliceError as error:
         checks += [Check(p.tracepoint, "missing", "not tried", p.cost) for p in PROBES]
         found.cannot.append(f"nothing can be audited: {error}")
@@ -91,8 +93,25 @@ def diagnose() -> Diagnosis:
         )
     how = "direct loads" if tracer.direct else "bpf_probe_read_kernel (slower: needs Linux 6.2)"
     checks.append(Check("memory reads", "ok", how))
+    checks += _usdt_checks(tracer)
     _conclude(found, set(missing))
+    if tracer.usdt_files:
+        found.can.append("what librsplice meant to do, beside what the kernel did")
     return found
+
+
+def _usdt_checks(tracer: Tracer) -> list[Check]:
+    """One for each file with probes of librsplice; one that says so where there is none."""
+    checks = [Check(_USDT, "ok", f"attached in {path}") for path in tracer.usdt_files]
+    names = {probe.tracepoint for probe in PROBES} | {tail.function for tail in TAILS}
+    checks += [
+        Check(_USDT, "missing", f"{gone.probe}: {gone.reason}", gone.cost)
+        for gone in tracer.missing
+        if gone.probe not in names
+    ]
+    # Programs that do not use librsplice lack nothing.
+    none = "no librsplice with probes is installed; a program's own is looked for in each audit"
+    return checks or [Check(_USDT, "ok", none)]
 
 
 def _check_btf() -> Check:

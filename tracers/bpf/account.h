@@ -32,14 +32,14 @@ static __always_inline void fill_ends(struct call *call, u64 source, u64 destina
 		fill_end(i ? &call->destination : &call->source, i ? destination : source);
 }
 
-static __always_inline void fill_key(struct key *key, struct call *call)
+static __always_inline void fill_key(struct key *key, struct call *call, u64 task)
 {
 	key->process = call->process;
 	key->source = call->source.id;
 	key->destination = call->destination.id;
 	key->via = call->via;
-	key->flags = call->flags | (call->source.direct ? F_SRC_DIRECT : 0) |
-		     (call->source.dax ? F_SRC_DAX : 0) |
+	key->flags = call->flags | inside_flag(call->process, task) |
+		     (call->source.direct ? F_SRC_DIRECT : 0) | (call->source.dax ? F_SRC_DAX : 0) |
 		     (call->destination.direct ? F_DST_DIRECT : 0) |
 		     (call->destination.dax ? F_DST_DAX : 0);
 }

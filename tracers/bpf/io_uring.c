@@ -149,7 +149,7 @@ int tp_io_uring_complete(u64 *ctx)
 	call->bytes = result;
 	ends_of_request(request, opcode, shape, task, call);
 	forget();
-	fill_key(&key, call);
+	fill_key(&key, call, task);
 	tally = tally_of(&key);
 	if (!tally)
 		return 0;

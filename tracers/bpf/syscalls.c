@@ -492,7 +492,7 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 		return;
 	call->source.id = call->destination.id = END_UNKNOWN;
 	call->flags = F_COMPAT;
-	fill_key(&key, call);
+	fill_key(&key, call, bpf_get_current_task());
 	tally = tally_of(&key);
 	if (!tally)
 		return;
@@ -655,7 +655,7 @@ int tp_sys_exit(u64 *ctx)
 	if (!choose_ends(call, task, regs, shape))
 		return 0;
 
-	fill_key(&key, call);
+	fill_key(&key, call, task);
 	tally = tally_of(&key);
 	if (!tally)
 		return 0;

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The USDT probes of librsplice (csrc/probes.h). One program serves every place where a probe
+ * stands; the attachment's cookie is the number of the place, and the table usdt_sites tells which
+ * probe it is and where its arguments are (usdt.py).
+ *
+ * It may be preempted, and run again for another thread: maps by CPU would lose counts.
+ */
+#if USDT
+#define NR_ARGUMENTS 6
+#define NR_SITES     1024
+#define MAX_MARKS    8192
+#define MOST_BYTES   (1ULL << 40) /* no call carries more: such an argument is garbage */
+
+/* The order is that of usdt.py. */
+enum mark { MARK_RESERVE, MARK_FILL, MARK_PUBLISH, MARK_FALLBACK, MARK_ABORT };
+enum place { PLACE_CONSTANT, PLACE_REGISTER, PLACE_MEMORY };
+
+struct argument {
+	u64 value; /* the constant, or what is added to the register to find it in memory */
+	u32 place;
+	u32 reg;   /* where in struct pt_regs */
+	u32 shift; /* bits above it in a word */
+	u32 is_signed;
+};
+
+struct site {
+	u32 mark;
+	u32 nr_arguments;
+	struct argument arguments[NR_ARGUMENTS];
+};
+BPF_ARRAY(usdt_sites, struct site, NR_SITES);
+
+struct mark_key {
+	u64 process;
+	u32 mark;
+	u32 detail; /* how, or why */
+};
+
+struct mark_sum {
+	u64 calls;
+	u64 bytes[5]; /* one number, but of "publish" the five dispositions */
+};
+BPF_HASH(usdt_marks, struct mark_key, struct mark_sum, MAX_MARKS);
+BPF_ARRAY(usdt_lost, u64, 1);
+
+/*
+ * A call ends in the thread it began in. Copies of the library in one process repeat each other's
+ * numbers.
+ */
+struct open_key {
+	u64 process;
+	u64 id;
+	u64 tid;
+};
+BPF_TABLE("lru_hash", struct open_key, u64, usdt_open, 4096); /* bytes reserved */
+
+static u64 (*attach_cookie)(void *ctx) = (void *)174; /* bpf_get_attach_cookie(), 5.15 */
+
+static __always_inline u64 value_of(u64 *ctx, struct argument *argument)
+{
+	u64 value = argument->value, reg = 0;
+	u32 shift = argument->shift & 63;
+
+	if (argument->place != PLACE_CONSTANT) {
+		read_kernel(&reg, sizeof(reg), (void *)ctx + (argument->reg & 0xff));
+		value = argument->place == PLACE_REGISTER ? reg : value + reg;
+	}
+	if (argument->place == PLACE_MEMORY) {
+		reg = 0;
+		read_user(&reg, sizeof(reg), (void *)value);
+		value = reg;
+	}
+	value <<= shift;
+	return argument->is_signed ? (u64)((s64)value >> shift) : value >> shift;
+}
+
+static __always_inline void count_lost_mark(void)
+{
+	u32 zero = 0;
+	u64 *lost_marks = usdt_lost.lookup(&zero);
+
+	if (lost_marks)
+		__sync_fetch_and_add(lost_marks, 1);
+}
+
+static __always_inline void count_open(s64 change)
+{
+	u32 zero = 0;
+	u64 *nr_open = usdt_nr_open.lookup(&zero);
+
+	if (nr_open)
+		__sync_fetch_and_add(nr_open, change);
+}
+
+static __always_inline void open_call(u64 process, u64 id, u64 reserved)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct open_key key = {.process = process, .id = id, .tid = tid};
+	struct inside *inside, first = {.process = process, .depth = 1};
+
+	if (usdt_open.update(&key, &reserved))
+		return;
+	count_open(1);
+	inside = usdt_inside.lookup(&tid);
+	if (inside && inside->process == process)
+		inside->depth++;
+	else
+		usdt_inside.update(&tid, &first);
+}
+
+/* An abort of part of what was reserved ends no call: the rest is published. */
+static __always_inline void close_call(u64 process, u64 id, u64 aborted)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct open_key key = {.process = process, .id = id, .tid = tid};
+	u64 *reserved = usdt_open.lookup(&key);
+	struct inside *inside;
+
+	if (!reserved || aborted < *reserved)
+		return;
+	usdt_open.delete(&key);
+	count_open(-1);
+	inside = usdt_inside.lookup(&tid);
+	if (!inside || inside->process != process)
+		return;
+	if (inside->depth > 1)
+		inside->depth--;
+	else
+		usdt_inside.delete(&tid);
+}
+
+static __always_inline void add_mark(struct mark_key *key, u64 *bytes, u32 nr_bytes)
+{
+	struct mark_sum none = {}, *sum;
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < 5; i++) {
+		if (i < nr_bytes && bytes[i] > MOST_BYTES) {
+			count_lost_mark();
+			return;
+		}
+	}
+	sum = usdt_marks.lookup_or_try_init(key, &none);
+	if (!sum) {
+		count_lost_mark();
+		return;
+	}
+	__sync_fetch_and_add(&sum->calls, 1);
+#pragma unroll
+	for (i = 0; i < 5; i++) {
+		if (i < nr_bytes)
+			__sync_fetch_and_add(&sum->bytes[i], bytes[i]);
+	}
+}
+
+int usdt_mark(u64 *ctx)
+{
+	u32 index = attach_cookie(ctx), i;
+	struct site *site = usdt_sites.lookup(&index);
+	u64 process, values[NR_ARGUMENTS] = {};
+	struct mark_key key = {};
+
+	if (!site)
+		return 0;
+	process = process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task());
+	if (!process)
+		return 0;
+#pragma unroll
+	for (i = 0; i < NR_ARGUMENTS; i++) {
+		if (i < site->nr_arguments)
+			values[i] = value_of(ctx, &site->arguments[i]);
+	}
+	key.process = process;
+	key.mark = site->mark;
+	switch (site->mark) {
+	case MARK_RESERVE:
+		open_call(process, values[0], values[3]);
+		add_mark(&key, &values[3], 1);
+		break;
+	case MARK_FILL:
+	case MARK_FALLBACK:
+		key.detail = values[2] & 0xff;
+		add_mark(&key, &values[1], 1);
+		break;
+	case MARK_PUBLISH:
+		close_call(process, values[0], ~0ULL);
+		add_mark(&key, &values[1], 5);
+		break;
+	case MARK_ABORT:
+		close_call(process, values[0], values[1]);
+		add_mark(&key, &values[1], 1);
+		break;
+	}
+	return 0;
+}
+#endif

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Which threads are inside a call of librsplice: from the probe "reserve" to that of the call's
+ * end (usdt.c). What such a thread does is counted in tallies of its own, so that what the library
+ * meant to do and what the kernel did can be held against each other.
+ *
+ * USDT is 0 where no file with such probes was found: then all of this costs nothing.
+ */
+#if USDT
+#define F_RSPLICE (1 << 13) /* flag of a key, as those in maps.h */
+
+struct inside {
+	u64 process;
+	u64 depth; /* calls that are open: a batch opens several */
+};
+BPF_TABLE("lru_hash", u32, struct inside, usdt_inside, 4096); /* by thread */
+/* Calls open anywhere. While there are none, a system call is not asked whose it is. */
+BPF_ARRAY(usdt_nr_open, u64, 1);
+
+static __always_inline u32 inside_flag(u64 process, u64 task)
+{
+	u32 zero = 0, tid;
+	u64 *nr_open = usdt_nr_open.lookup(&zero);
+	struct inside *inside;
+
+	if (!nr_open || !*nr_open)
+		return 0;
+	tid = read32(task + TASK_PID);
+	inside = usdt_inside.lookup(&tid);
+	/* A thread that died inside, and whose number another process has now, does not count. */
+	return inside && inside->process == process ? F_RSPLICE : 0;
+}
+#else
+static __always_inline u32 inside_flag(u64 process, u64 task)
+{
+	return 0;
+}
+#endif
