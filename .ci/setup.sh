@@ -22,10 +22,13 @@ RUN_PACKAGES="
     python3-bpfcc
     python3-venv
     libbpf1|libbpf0
+    gcc libc6-dev python3-dev
 "
+# What librsplice and its workloads are built with where they are there: io_uring, FUSE, USDT probes.
+BUILD_PACKAGES="pkg-config|pkgconf liburing-dev libfuse3-dev fuse3 systemtap-sdt-dev"
 # gcc-multilib builds the 32-bit caller that a test expects to be told apart.
 TEST_PACKAGES="
-    make gcc libc6-dev gcc-multilib liburing-dev cppcheck groff-base git
+    make gcc-multilib cppcheck groff-base git
     btrfs-progs xfsprogs e2fsprogs util-linux procps
     bpftool strace curl nginx-light|nginx rsync socat tar tmux zstd debian-archive-keyring
 "
@@ -143,6 +146,13 @@ check_without_apt() {
     "$PYTHON" -c 'import ctypes; ctypes.CDLL("libbpf.so.1")' 2>/dev/null ||
         "$PYTHON" -c 'import ctypes; ctypes.CDLL("libbpf.so.0")' 2>/dev/null || lacking="$lacking
   libbpf             libbpf1 (Debian, Ubuntu, openSUSE), libbpf (Fedora, RHEL, Arch, Alpine)"
+    command -v cc >/dev/null || lacking="$lacking
+  a C compiler       gcc and libc6-dev (Debian, Ubuntu), gcc (Fedora, RHEL, openSUSE, Arch),
+                     build-base (Alpine)"
+    "$PYTHON" -c 'import os, sysconfig
+raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || lacking="$lacking
+  Python's headers   python3-dev (Debian, Ubuntu, Alpine), python3-devel (Fedora, RHEL, openSUSE),
+                     python (Arch)"
     [ -z "$lacking" ] || die "this machine has no apt-get, so packages are yours to install. Missing," \
         "by their usual names:$lacking
 Then run this again. (PyPI's \"bcc\" is another program: do not install it with pip.)"
@@ -157,6 +167,7 @@ system_packages() {
         return
     fi
     install_packages needed $RUN_PACKAGES
+    install_packages useful $BUILD_PACKAGES
     case $1 in
     test) install_packages useful $TEST_PACKAGES ;;
     bench) install_packages useful $TEST_PACKAGES $BENCH_PACKAGES ;;
@@ -168,17 +179,29 @@ venv_key() {
     {
         pwd -P
         "$PYTHON" -VV
-        cat pyproject.toml rsplice/__init__.py .ci/setup.sh
+        cat pyproject.toml setup.py rsplice/__init__.py rsplice/_build.py .ci/setup.sh
     } | sha256sum
 }
 
-# pip_install STAMP REQUIREMENT: unless .venv/STAMP says that it was done.
+# What the extension modules are compiled from.
+native_key() {
+    find csrc -name '*.[ch]' | LC_ALL=C sort | xargs cat | sha256sum
+}
+
+# pip_install REQUIREMENT STAMP...: unless every .venv/STAMP says that it was done.
 pip_install() {
-    if [ ! -e ".venv/$1" ]; then
-        .venv/bin/python -m pip install -q --disable-pip-version-check -e "$2" </dev/null ||
-            die "pip could not install rsplice into .venv: see its message above"
-        echo "$key" >".venv/$1"
-    fi
+    requirement=$1
+    shift
+    for stamp; do
+        if [ ! -e ".venv/$stamp" ]; then
+            .venv/bin/python -m pip install -q --disable-pip-version-check -e "$requirement" \
+                </dev/null || die "pip could not install rsplice into .venv: see its message above"
+            for stamp; do
+                echo "$key" >".venv/$stamp"
+            done
+            return
+        fi
+    done
 }
 
 venv() {
@@ -190,8 +213,14 @@ venv() {
         say "making .venv"
         "$PYTHON" -m venv --clear --system-site-packages .venv
     fi
-    pip_install run.stamp .
-    [ "$1" = run ] || pip_install test.stamp ".[dev]"
+    native=$(native_key)
+    [ "$(cat .venv/native.stamp 2>/dev/null)" = "$native" ] || rm -f .venv/run.stamp
+    if [ "$1" = run ]; then
+        pip_install . run.stamp
+    else
+        pip_install ".[dev]" run.stamp test.stamp
+    fi
+    echo "$native" >.venv/native.stamp
 }
 
 case ${1-} in

@@ -23,6 +23,7 @@ enum rsplice_how {
 	RSPLICE_HOW_REFERENCE = 1, /* pages of the source itself: splice(2) */
 	RSPLICE_HOW_COPY = 2,	   /* the CPU copied them */
 	RSPLICE_HOW_GENERATED = 3, /* the CPU made them */
+	RSPLICE_HOW_UNKNOWN = 4,   /* O_DIRECT of a filesystem that may copy all the same */
 };
 
 /* The call number id has reserved room for len bytes. */

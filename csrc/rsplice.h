@@ -16,11 +16,14 @@
 extern "C" {
 #endif
 
+#pragma GCC visibility push(default)
+
 /* Flags of rsplice(), rsplice_fuse_reply() and rsplice_batch(). */
 #define RSPLICE_F_NONBLOCK 0x01u /* EAGAIN instead of waiting for data or for room */
 #define RSPLICE_F_STRICT   0x02u /* EOPNOTSUPP, and nothing moved, instead of a copy */
 #define RSPLICE_F_MORE	   0x04u /* more follows: to a socket, as MSG_MORE */
-#define RSPLICE_F_SHARE	   0x08u /* pages that the source keeps may be lent, as splice(2) does */
+#define RSPLICE_F_SHARE	   0x08u /* pages that the source keeps may be lent, instead of a copy */
+#define RSPLICE_F_EXACT	   0x10u /* of a FUSE reply: EIO instead of a short one */
 
 /* Why bytes were copied, in struct rsplice_result. */
 #define RSPLICE_WHY_NO_DIRECT 0x01u /* the source cannot be read with O_DIRECT */
@@ -66,7 +69,7 @@ struct rsplice_request {
 	int64_t off_in;	 /* bytes; -1 for the file position, or a source that has none */
 	int64_t off_out; /* likewise */
 	size_t len;
-	ssize_t ret; /* out: bytes, or -errno */
+	ssize_t ret;		      /* out: bytes, or -errno */
 	struct rsplice_result result; /* out */
 };
 
@@ -90,6 +93,8 @@ const char *rsplice_why(uint32_t why);
 
 /* "major.minor.patch" of the library that runs. Static storage. */
 const char *rsplice_version(void);
+
+#pragma GCC visibility pop
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,371 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The consumer is a FUSE READ request. The payload is gathered in one private pipe; header and
+ * payload then go to /dev/fuse out of a second one by a single splice(2). There whole fresh pages
+ * are moved into the file's page cache (fs/fuse/dev.c:fuse_try_move_folio), and all else is copied.
+ */
+#define _GNU_SOURCE
+#include "internal.h"
+
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/fuse.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define ALL_FLAGS   (RSPLICE_F_NONBLOCK | RSPLICE_F_STRICT | RSPLICE_F_SHARE | RSPLICE_F_EXACT)
+#define HEADER_SIZE sizeof(struct fuse_out_header)
+#define MOST	    (1UL << 28) /* bytes: far beyond any READ, and within the header's 32 bits */
+
+/* A reply in the making. */
+struct reply {
+	struct call *call;
+	int fuse_fd;
+	uint64_t unique;
+	struct own_pipe *pipe; /* the payload, and perhaps bytes behind it that nobody asked for */
+	size_t payload;	       /* bytes */
+	size_t movable;	       /* bytes of whole pages that only the pipe refers to */
+	size_t copied;	       /* bytes that the CPU has copied or made already */
+	size_t unknown;	       /* bytes whose pages may or may not be movable */
+};
+
+static struct fuse_out_header header_of(const struct reply *reply, size_t payload)
+{
+	return (struct fuse_out_header){.len = (uint32_t)(HEADER_SIZE + payload),
+					.unique = reply->unique};
+}
+
+/* Whether SPLICE_F_MOVE is asked for. A file's cached pages would be stolen from the file. */
+static bool moves(const struct source *source)
+{
+	return source->kind != SOURCE_FILE || fills_directly(source);
+}
+
+static void count_filled(struct reply *reply, size_t size, enum rsplice_how how)
+{
+	/* Behind a page that is not whole nothing lies where it has to lie to be moved. */
+	bool aligned = !(reply->payload % RSPLICE_PAGE);
+
+	switch (how) {
+	case RSPLICE_HOW_DIRECT:
+		reply->movable += aligned ? round_down(size, RSPLICE_PAGE) : 0;
+		break;
+	case RSPLICE_HOW_COPY:
+	case RSPLICE_HOW_GENERATED:
+		reply->copied += size;
+		break;
+	case RSPLICE_HOW_UNKNOWN:
+		reply->unknown += size;
+		break;
+	case RSPLICE_HOW_REFERENCE:
+		/* Who filled a pipe's pages, and who else refers to them, nobody knows. */
+		reply->unknown += reply->call->source.kind == SOURCE_PIPE ? size : 0;
+		break;
+	}
+	reply->payload += size;
+	rsplice_probe_fill(reply->call->id, (int64_t)size, how);
+}
+
+static ssize_t fill_some(struct reply *reply, size_t len, enum rsplice_how *how)
+{
+	struct call *call = reply->call;
+
+	switch (call->source.kind) {
+	case SOURCE_FILE:
+		if (fills_directly(&call->source))
+			break;
+		/* fall through */
+	case SOURCE_STREAM:
+		/* Lent to our pipe; the kernel copies once, into the final page. */
+		*how = RSPLICE_HOW_REFERENCE;
+		return fill_by_reference(call, reply->pipe, len);
+	case SOURCE_MESSAGES:
+		/* splice(2) copies a message into fresh pages, which can move. */
+		*how = RSPLICE_HOW_COPY;
+		return fill_by_reference(call, reply->pipe, len);
+	default:
+		break;
+	}
+	return fill(call, reply->pipe, len, how);
+}
+
+/*
+ * Gathers len bytes, fewer only at the end of the source. -EMSGSIZE: the pipe has no slot left;
+ * -EINVAL: splice(2) cannot read this source. Both leave what there is in the pipe.
+ */
+static int gather(struct reply *reply, size_t len)
+{
+	struct source *source = &reply->call->source;
+
+	while (reply->payload < len) {
+		enum rsplice_how how = RSPLICE_HOW_COPY;
+		int error = source_wait(source, wants(reply->call, RSPLICE_F_NONBLOCK));
+		ssize_t got = error ? error : fill_some(reply, len - reply->payload, &how);
+
+		if (got == -EAGAIN && !error)
+			return -EMSGSIZE; /* there was something to read: so it is the slots */
+		if (got <= 0)
+			return (int)got;
+		count_filled(reply, (size_t)got, how);
+		source->offset += got;
+		if (source->kind == SOURCE_MESSAGES || reply->pipe->queued > reply->payload)
+			break; /* one message; or an unaligned file: no more fits behind */
+	}
+	return 0;
+}
+
+static ssize_t move_between(struct own_pipe *from, struct own_pipe *to, size_t size)
+{
+	ssize_t done = splice(from->reader, NULL, to->writer, NULL, size, SPLICE_F_NONBLOCK);
+
+	if (done < 0)
+		return -errno;
+	from->queued -= (size_t)done;
+	to->queued += (size_t)done;
+	return done;
+}
+
+/* Header and payload into `whole`. -EMSGSIZE: there are not slots enough. */
+static int assemble(struct reply *reply, struct own_pipe *whole)
+{
+	struct fuse_out_header header = header_of(reply, reply->payload);
+	ssize_t done = write(whole->writer, &header, HEADER_SIZE);
+	size_t left = reply->payload;
+
+	if (done != (ssize_t)HEADER_SIZE)
+		return done < 0 ? -errno : -EIO;
+	whole->queued = HEADER_SIZE;
+	while (left) {
+		done = move_between(reply->pipe, whole, left);
+		if (done <= 0)
+			return done == -EAGAIN ? -EMSGSIZE : (int)(done ? done : -EIO);
+		left -= (size_t)done;
+	}
+	return 0;
+}
+
+static void count_reply(const struct reply *reply)
+{
+	const struct source *source = &reply->call->source;
+	struct call *call = reply->call;
+	size_t rest = reply->payload - reply->movable - reply->copied - reply->unknown;
+	bool made = source->kind == SOURCE_GENERATED;
+
+	call->result.moved = reply->movable;
+	call->result.unknown = reply->unknown;
+	count_copied(call, reply->copied,
+		     why_copied(call, made ? RSPLICE_HOW_GENERATED : RSPLICE_HOW_COPY));
+	count_copied(call, rest,
+		     fills_directly(source) ? RSPLICE_WHY_PARTIAL
+					    : why_copied(call, RSPLICE_HOW_COPY));
+}
+
+static ssize_t publish(const struct reply *reply, struct own_pipe *whole)
+{
+	size_t size = HEADER_SIZE + reply->payload;
+	ssize_t done = splice(whole->reader, NULL, reply->fuse_fd, NULL, size,
+			      moves(&reply->call->source) ? SPLICE_F_MOVE : 0);
+
+	if (done < 0)
+		return -errno;
+	if ((size_t)done != size)
+		return -EIO;
+	whole->queued = 0;
+	count_reply(reply);
+	return (ssize_t)reply->payload;
+}
+
+/* The end of the file. */
+static ssize_t publish_nothing(const struct reply *reply)
+{
+	struct fuse_out_header header = header_of(reply, 0);
+
+	return write(reply->fuse_fd, &header, HEADER_SIZE) < 0 ? -errno : 0;
+}
+
+/* All that a pipe holds, up to size bytes, into memory. */
+static ssize_t empty_into(struct own_pipe *pipe, char *memory, size_t size)
+{
+	size_t have = 0;
+
+	while (have < size && pipe->queued) {
+		ssize_t got = read(pipe->reader, memory + have, size - have);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return got ? -errno : -EIO;
+		pipe->queued -= (size_t)got;
+		have += (size_t)got;
+	}
+	return (ssize_t)have;
+}
+
+/* On from `have` bytes to len, or to the end of the source. *have is exact on errors too. */
+static int read_on(struct call *call, char *memory, size_t *have, size_t len)
+{
+	struct source *source = &call->source;
+
+	while (*have < len) {
+		int error = source_wait(source, wants(call, RSPLICE_F_NONBLOCK));
+		ssize_t got = error ? error : source_read(source, memory + *have, len - *have);
+
+		if (got <= 0)
+			return (int)got;
+		*have += (size_t)got;
+		source->offset += got;
+		if (source->kind == SOURCE_MESSAGES)
+			break;
+	}
+	return 0;
+}
+
+static ssize_t write_reply(const struct reply *reply, char *memory, size_t size)
+{
+	struct fuse_out_header header = header_of(reply, size);
+	struct iovec parts[] = {{&header, HEADER_SIZE}, {memory, size}};
+
+	return writev(reply->fuse_fd, parts, 2) < 0 ? -errno : (ssize_t)size;
+}
+
+/* Bytes that were taken, back into the (empty) payload pipe, for the next call. */
+static void put_back(const struct reply *reply, const char *memory, size_t size)
+{
+	ssize_t done = source_seekable(&reply->call->source)
+			       ? 0
+			       : write(reply->pipe->writer, memory, size);
+
+	if (done > 0)
+		reply->pipe->queued += (size_t)done;
+}
+
+/*
+ * Where pipes do not do: the payload, of which `first` and then the payload pipe have some,
+ * through memory. Copied, out of a socket even twice.
+ */
+static ssize_t go_through_memory(struct reply *reply, struct own_pipe *first, size_t len,
+				 uint32_t why)
+{
+	struct call *call = reply->call;
+	size_t have = 0;
+	ssize_t got;
+	char *memory;
+
+	if (wants(call, RSPLICE_F_STRICT))
+		return -EOPNOTSUPP;
+	memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		return -errno;
+	got = empty_into(first, memory, len);
+	if (got >= 0) {
+		have = (size_t)got;
+		got = empty_into(reply->pipe, memory + have, len - have);
+	}
+	if (got >= 0) {
+		have += (size_t)got;
+		got = read_on(call, memory, &have, len);
+		if (!got && have < len && wants(call, RSPLICE_F_EXACT))
+			got = -EIO;
+		if (got)
+			put_back(reply, memory, have);
+	}
+	if (!got)
+		got = write_reply(reply, memory, have);
+	if (got > 0)
+		count_copied(call, (size_t)got, why);
+	munmap(memory, len);
+	return got;
+}
+
+/* RSPLICE_F_STRICT: only a file's whole pages move for certain. */
+static bool would_copy(const struct source *source, size_t len)
+{
+	return !fills_directly(source) || !source->certain ||
+	       source->offset % source->offset_align || source_left(source, len) % RSPLICE_PAGE;
+}
+
+/* What is gathered becomes a reply. */
+static ssize_t send_gathered(struct reply *reply, size_t len)
+{
+	struct own_pipe *whole;
+	ssize_t done;
+	int error;
+
+	if (reply->payload < len && wants(reply->call, RSPLICE_F_EXACT))
+		return -EIO;
+	if (wants(reply->call, RSPLICE_F_STRICT) && reply->movable < reply->payload)
+		return -EOPNOTSUPP;
+	if (!reply->payload)
+		return publish_nothing(reply);
+	whole = own_pipe_get(pages_of(reply->payload) + 1);
+	if (!whole)
+		return -errno;
+	error = assemble(reply, whole);
+	if (error == -EMSGSIZE) {
+		error = own_pipe_drop(whole, HEADER_SIZE);
+		done = error ? error
+			     : go_through_memory(reply, whole, reply->payload, RSPLICE_WHY_SLOTS);
+	} else {
+		done = error ? error : publish(reply, whole);
+	}
+	own_pipe_put(whole);
+	return done;
+}
+
+static ssize_t answer(struct reply *reply, size_t len)
+{
+	struct source *source = &reply->call->source;
+	size_t wanted = source_left(source, len);
+	int error;
+
+	if (!wanted)
+		return send_gathered(reply, len);
+	reply->pipe = carry_take(source);
+	if (reply->pipe)
+		count_filled(reply, reply->pipe->queued < wanted ? reply->pipe->queued : wanted,
+			     reply->pipe->how);
+	else
+		reply->pipe = own_pipe_get(pages_of(wanted) + 1);
+	if (!reply->pipe)
+		return -errno;
+	if (pages_of(wanted) >= reply->pipe->slots)
+		return go_through_memory(reply, reply->pipe, wanted, RSPLICE_WHY_SLOTS);
+	error = gather(reply, wanted);
+	if (error == -EMSGSIZE)
+		return go_through_memory(reply, reply->pipe, wanted, RSPLICE_WHY_SLOTS);
+	if (error == -EINVAL)
+		return go_through_memory(reply, reply->pipe, wanted,
+					 why_copied(reply->call, RSPLICE_HOW_COPY));
+	return error ? error : send_gathered(reply, len);
+}
+
+ssize_t rsplice_fuse_reply(int fuse_fd, uint64_t unique, int fd_in, int64_t *off_in, size_t len,
+			   unsigned int flags, struct rsplice_result *result)
+{
+	struct call call = {.fd_out = fuse_fd, .flags = flags, .len = len, .id = next_call_id()};
+	struct reply reply = {.call = &call, .fuse_fd = fuse_fd, .unique = unique};
+	ssize_t done;
+	int error;
+
+	if (flags & ~ALL_FLAGS || len > MOST) {
+		errno = EINVAL;
+		return -1;
+	}
+	error = source_open(&call.source, fd_in, off_in);
+	if (error) {
+		errno = -error;
+		return -1;
+	}
+	rsplice_probe_reserve(call.id, fd_in, fuse_fd, (int64_t)len);
+	if (wants(&call, RSPLICE_F_STRICT) && would_copy(&call.source, len))
+		done = -EOPNOTSUPP;
+	else
+		done = answer(&reply, len);
+	if (reply.pipe && source_seekable(&call.source) && reply.pipe->queued)
+		own_pipe_drop(reply.pipe, reply.pipe->queued);
+	if (reply.pipe)
+		reply.pipe->how = RSPLICE_HOW_REFERENCE;
+	carry_put(&call.source, reply.pipe);
+	return call_end(&call, done, off_in, result);
+}
