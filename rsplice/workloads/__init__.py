@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from rsplice.workloads import mixed, relay, serve
+from rsplice.workloads import gift, memfd, mixed, relay, serve, tee
 from rsplice.workloads.core import Workload
 
 WORKLOADS: dict[str, Workload] = {
-    workload.name: workload for workload in (mixed.WORKLOAD, relay.WORKLOAD, serve.WORKLOAD)
+    module.WORKLOAD.name: module.WORKLOAD for module in (mixed, relay, serve, gift, tee, memfd)
 }

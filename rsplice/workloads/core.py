@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Calls:
 
     counts: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
     pages_touched: int = 0  #: pages of 4096 bytes read through a mapping
+    #: what the kernel or librsplice said of the bytes, beyond return values
+    reported: Counter[str] = field(default_factory=Counter)
     skipped: set[str] = field(default_factory=set)  #: what this machine does not allow, and why
 
     def add(self, via: str, source: str, destination: str, nbytes: int) -> int:
@@ -73,6 +76,7 @@ class Calls:
             entry[0] += operations
             entry[1] += nbytes
         self.pages_touched += other.pages_touched
+        self.reported.update(other.reported)
         self.skipped |= other.skipped
 
     def to_json(self) -> dict[str, Any]:
@@ -88,12 +92,17 @@ class Calls:
                 for (via, source, destination), (operations, nbytes) in sorted(self.counts.items())
             ],
             "pages_touched": self.pages_touched,
+            "reported": dict(sorted(self.reported.items())),
             "skipped": sorted(self.skipped),
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Calls:
-        calls = Calls(pages_touched=data["pages_touched"], skipped=set(data["skipped"]))
+        calls = Calls(
+            pages_touched=data["pages_touched"],
+            reported=Counter(data["reported"]),
+            skipped=set(data["skipped"]),
+        )
         for c in data["calls"]:
             key = (c["via"], c["source"], c["destination"])
             calls.counts[key] = [c["operations"], c["bytes"]]
@@ -195,14 +204,50 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def create(path: Path, size: int) -> int:
-    """A descriptor open for reading and writing of a new file of *size* bytes, on the disk."""
+class Pattern:
+    """Endless random bytes that come again after some pages and a bit: no two pages are alike."""
+
+    _PERIOD = (1 << 16) + 509
+
+    def __init__(self) -> None:
+        self._text = os.urandom(self._PERIOD) * 2
+
+    def pieces(self, offset: int, size: int) -> Iterator[bytes]:
+        """What lies from *offset* on, *size* bytes in pieces."""
+        while size:
+            start = offset % self._PERIOD
+            piece = self._text[start : start + min(size, self._PERIOD)]
+            yield piece
+            offset += len(piece)
+            size -= len(piece)
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Writes the bytes from *offset* on to all of *buffer*."""
+        done = 0
+        for piece in self.pieces(offset, len(buffer)):
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def expect(self, data: memoryview, offset: int, where: str) -> None:
+        """RspliceError if *data*, found *where*, are not the bytes from *offset* on."""
+        done = 0
+        for piece in self.pieces(offset, len(data)):
+            # Bytes, since Python compares views one element at a time.
+            if bytes(data[done : done + len(piece)]) != piece:
+                raise RspliceError(f"wrong data in {where}, near byte {offset + done}")
+            done += len(piece)
+
+
+def create(path: Path, size: int, pattern: Pattern | None = None) -> int:
+    """A descriptor open for reading and writing of a new file of *size* bytes, on the disk.
+
+    It holds the *pattern*, or one that nobody knows.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    block = os.urandom(4096) * 16
-    left = size
-    while left:
+    for piece in (pattern or Pattern()).pieces(0, size):
         # Not writev(2), which workloads make and count.
-        left -= os.write(fd, block[:left])
+        while piece:
+            piece = piece[os.write(fd, piece) :]
     # Clean pages are what a server's files are, and the only ones that DONTNEED drops.
     os.fsync(fd)
     return fd
@@ -258,7 +303,7 @@ class Crew:
             work(calls)
             self._report(os.getpid()).write_text(json.dumps(calls.to_json()))
             status = 0
-        except OSError as error:
+        except (OSError, RspliceError) as error:
             self._report(os.getpid()).write_text(str(error))
         except BaseException:
             self._report(os.getpid()).write_text(traceback.format_exc(limit=-1))
@@ -284,6 +329,15 @@ class Crew:
                 raise RspliceError(f"process {name} of the workload failed: {_last_line(text)}")
             self._calls.merge(Calls.from_json(json.loads(text)))
         return bool(self._running)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Has a connection or pipe that broke reported as what the process at its end died of."""
+        try:
+            yield
+        except ConnectionError:
+            self.wait(lambda: None)
+            raise
 
     def stop(self) -> None:
         """Ends every process that still runs, and waits for it."""

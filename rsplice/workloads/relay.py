@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
-from rsplice.workloads import transfer
+from rsplice.workloads import native, transfer
 from rsplice.workloads.core import (
     Budget,
     Calls,
@@ -46,27 +47,30 @@ def _relay(directory: Path, number: int, settings: Settings, budget: Budget, cal
     length = settings.size * FILE_CHUNKS
     source = transfer.End(create(directory / f"source-{number}", length), kind)
     destination = transfer.End(create(directory / f"destination-{number}", 0), kind)
-    pipe = transfer.Pipe()
-    carry = _carrier(settings, calls, pipe, source, destination)
-    try:
+    with ExitStack() as stack:
+        stack.callback(os.close, source.fd)
+        stack.callback(os.close, destination.fd)
+        carry = _carrier(settings, calls, stack, source, destination)
         for chunk in count():
             if not budget.take():
                 return
             carry(chunk % FILE_CHUNKS * settings.size, settings.size)
-    finally:
-        pipe.close()
-        os.close(source.fd)
-        os.close(destination.fd)
 
 
 def _carrier(
     settings: Settings,
     calls: Calls,
-    pipe: transfer.Pipe,
+    stack: ExitStack,
     source: transfer.End,
     destination: transfer.End,
 ) -> Callable[[int, int], None]:
-    """The function that carries the bytes at (offset, size)."""
+    """The function that carries the bytes at (offset, size); what it needs goes with *stack*."""
+    if settings.mode == "splice":
+        pipe = transfer.Pipe()
+        stack.callback(pipe.close)
+    if settings.mode == "io_uring":
+        ring = native.Ring()
+        stack.callback(ring.close)
     buffer = memoryview(bytearray(settings.size))
 
     def read_write(offset: int, size: int) -> None:
@@ -85,11 +89,15 @@ def _carrier(
     def copy_file_range(offset: int, size: int) -> None:
         transfer.by_copy_file_range(calls, source, destination, offset, size)
 
+    def io_uring(offset: int, _size: int) -> None:
+        transfer.by_ring(calls, ring, source, destination, buffer, offset)
+
     return {
         "read-write": read_write,
         "splice": splice,
         "sendfile": sendfile,
         "copy_file_range": copy_file_range,
+        "io_uring": io_uring,
     }[settings.mode]
 
 
@@ -98,5 +106,5 @@ WORKLOAD = Workload(
     "a file copied to another in chunks of --size",
     run,
     Settings("read-write", size=1 << 16, count=1009, seconds=None, threads=1),
-    modes=("read-write", "splice", "sendfile", "copy_file_range"),
+    modes=("read-write", "splice", "sendfile", "copy_file_range", "io_uring"),
 )

@@ -7,11 +7,15 @@ and the interpreter makes none of its own, so an audit shows the workload's call
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rsplice.errors import RspliceError
+from rsplice.workloads import native
 from rsplice.workloads.core import MEMORY, PIPE, TCP, UNIX, Calls
 
 
@@ -26,7 +30,7 @@ class End:
 def read(calls: Calls, source: End, buffer: memoryview) -> int:
     """Fills *buffer* from the file position; bytes read."""
     got = os.readv(source.fd, [buffer])
-    _expect_progress(got, "readv")
+    expect_progress(got, "readv")
     return calls.add("readv", source.kind, MEMORY, got)
 
 
@@ -38,6 +42,21 @@ def write(calls: Calls, data: memoryview, destination: End) -> None:
         done += calls.add("writev", MEMORY, destination.kind, sent)
 
 
+def read_at(calls: Calls, source: End, buffer: memoryview, offset: int) -> int:
+    """Fills *buffer* from *offset*; bytes read."""
+    got = os.preadv(source.fd, [buffer], offset)
+    expect_progress(got, "preadv")
+    return calls.add("preadv", source.kind, MEMORY, got)
+
+
+def write_at(calls: Calls, data: memoryview, destination: End, offset: int) -> None:
+    """Writes all of *data* at *offset*."""
+    done = 0
+    while done < len(data):
+        sent = os.pwritev(destination.fd, [data[done:]], offset + done)
+        done += calls.add("pwritev", MEMORY, destination.kind, sent)
+
+
 def by_read_write(calls: Calls, source: End, destination: End, buffer: memoryview) -> int:
     """Carries up to one buffer from file position to file position; bytes carried."""
     length = read(calls, source, buffer)
@@ -45,11 +64,27 @@ def by_read_write(calls: Calls, source: End, destination: End, buffer: memoryvie
     return length
 
 
+def by_ring(
+    calls: Calls, ring: native.Ring, source: End, destination: End, buffer: memoryview, offset: int
+) -> None:
+    """Copies a buffer's size at *offset* of one file to the same place in another."""
+    while buffer:
+        got, written = ring.relay(source.fd, destination.fd, buffer, offset)
+        expect_progress(got, "io_uring read")
+        calls.add("io_uring read", source.kind, MEMORY, got)
+        calls.add("io_uring write", MEMORY, destination.kind, written)
+        while written < got:
+            more = ring.write(destination.fd, buffer[written:got], offset + written)
+            written += calls.add("io_uring write", MEMORY, destination.kind, more)
+        offset += got
+        buffer = buffer[got:]
+
+
 def by_sendfile(calls: Calls, source: End, destination: End, offset: int, size: int) -> None:
     """Sends *size* bytes of a file that lie at *offset*."""
     while size:
         sent = os.sendfile(destination.fd, source.fd, offset, size)
-        _expect_progress(sent, "sendfile")
+        expect_progress(sent, "sendfile")
         calls.add("sendfile", source.kind, destination.kind, sent)
         offset += sent
         size -= sent
@@ -59,33 +94,64 @@ def by_copy_file_range(calls: Calls, source: End, destination: End, offset: int,
     """Copies *size* bytes at *offset* of one file to the same place in another."""
     while size:
         done = os.copy_file_range(source.fd, destination.fd, size, offset, offset)
-        _expect_progress(done, "copy_file_range")
+        expect_progress(done, "copy_file_range")
         calls.add("copy_file_range", source.kind, destination.kind, done)
         offset += done
         size -= done
 
 
 class Pipe:
-    """A pipe of this process, to splice through."""
+    """A pipe of this process, to splice through or to lend memory to."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe()
+        self.slots = fcntl.fcntl(self.writer, fcntl.F_GETPIPE_SZ) // mmap.PAGESIZE
+        self._open = {self.reader, self.writer}
 
     def close(self) -> None:
-        os.close(self.reader)
-        os.close(self.writer)
+        self.close_reader()
+        self.close_writer()
+
+    def close_reader(self) -> None:
+        self._close(self.reader)
+
+    def close_writer(self) -> None:
+        self._close(self.writer)
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            self._open.remove(fd)
+            os.close(fd)
+
+    def read(self, calls: Calls, buffer: memoryview) -> int:
+        """Copies queued bytes to *buffer*; how many, 0 when no writer is left."""
+        return calls.add("readv", PIPE, MEMORY, os.readv(self.reader, [buffer]))
+
+    def lend(self, calls: Calls, data: memoryview, gift: bool) -> None:
+        """Queues the very pages of *data*, waiting for room; as a present, if *gift*."""
+        done = 0
+        while done < len(data):
+            queued = native.vmsplice(self.writer, data[done:], gift)
+            done += calls.add("vmsplice", MEMORY, PIPE, queued)
+
+    def tee(self, calls: Calls, other: Pipe, size: int) -> None:
+        """Queues the first *size* bytes in *other* as well, which must have room for them."""
+        queued = native.tee(self.reader, other.writer, size)
+        calls.add("tee", PIPE, PIPE, queued)
+        if queued != size:
+            raise RspliceError(f"tee queued {queued} of {size} bytes in an empty pipe")
 
     def fill(self, calls: Calls, source: End, offset: int, size: int) -> int:
         """Queues up to *size* bytes of a file; how many."""
         got = os.splice(source.fd, self.writer, size, offset_src=offset)
-        _expect_progress(got, "splice")
+        expect_progress(got, "splice")
         return calls.add("splice", source.kind, PIPE, got)
 
     def drain(self, calls: Calls, destination: End, size: int, offset: int | None = None) -> None:
         """Hands on *size* queued bytes."""
         while size:
             done = os.splice(self.reader, destination.fd, size, offset_dst=offset)
-            _expect_progress(done, "splice")
+            expect_progress(done, "splice")
             calls.add("splice", PIPE, destination.kind, done)
             size -= done
             if offset is not None:
@@ -103,11 +169,18 @@ def by_splice(
         size -= queued
 
 
-def drain_socket(calls: Calls, connection: socket.socket, kind: str, size: int) -> None:
-    """Receives until the peer shuts down, *size* bytes at a time."""
-    buffer = bytearray(size)
-    while calls.add("recvfrom", kind, MEMORY, connection.recv_into(buffer)):
-        pass
+def drain_socket(
+    calls: Calls,
+    connection: socket.socket,
+    kind: str,
+    size: int,
+    check: Callable[[memoryview], None] | None = None,
+) -> None:
+    """Receives until the peer shuts down, *size* bytes at a time, and has them checked."""
+    buffer = memoryview(bytearray(size))
+    while got := calls.add("recvfrom", kind, MEMORY, connection.recv_into(buffer)):
+        if check:
+            check(buffer[:got])
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -128,6 +201,6 @@ def end_of(connection: socket.socket) -> End:
     return End(connection.fileno(), UNIX if connection.family == socket.AF_UNIX else TCP)
 
 
-def _expect_progress(done: int, call: str) -> None:
+def expect_progress(done: int, call: str) -> None:
     if done == 0:
         raise RspliceError(f"{call} carried nothing: the workload's scratch file is shorter now")
