@@ -809,10 +809,11 @@ static enum taken take_entries(struct filesystem *fs, struct exchange *exchange,
 /* The name of the entry at *at, which moves on to the next. NULL: there is none, or none whole. */
 static const char *next_entry(const struct listing *listing, size_t *at, uint64_t *id)
 {
-	const char *name = listing->data + *at + sizeof(*id), *end;
+	const char *name, *end;
 
 	if (listing->size - *at <= sizeof(*id))
 		return NULL;
+	name = listing->data + *at + sizeof(*id);
 	memcpy(id, listing->data + *at, sizeof(*id));
 	*id = be64toh(*id);
 	end = memchr(name, '\0', listing->size - *at - sizeof(*id));
@@ -892,6 +893,7 @@ static const char *entry_at(const struct listing *listing, off_t offset, size_t 
 static void on_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
 		       struct fuse_file_info *fi)
 {
+	struct filesystem *fs = filesystem_of(req);
 	const struct listing *listing = (struct listing *)(uintptr_t)fi->fh;
 	struct stat stat = {0};
 	char *data = malloc(size);
@@ -913,7 +915,7 @@ static void on_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset
 	if (!data)
 		fuse_reply_err(req, ENOMEM);
 	else if (!fuse_reply_buf(req, data, used))
-		recvpage_count(&filesystem_of(req)->counts->control, used);
+		recvpage_count(&fs->counts->control, used);
 	free(data);
 }
 

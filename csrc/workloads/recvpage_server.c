@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #define NS_PER_S	1000000000ull
-#define RECENT_NS	100000000ull /* several ticks of any kernel's slow clock */
+#define RECENT_NS	40000000ull /* several ticks of any kernel's slow clock */
 #define MAX_FILES	512
 #define MAX_CONNECTIONS 256
 #define DRIP_NS		20000000
