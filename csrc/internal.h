@@ -110,6 +110,30 @@ HIDDEN void carry_put(const struct source *source, struct own_pipe *pipe);
 HIDDEN bool is_memory_file(int fd);
 HIDDEN ssize_t into_memory(struct call *call, int64_t *off_out, size_t len);
 
+/* The file that is filled, and the part of it that is mapped. */
+struct target {
+	int fd;
+	int64_t offset; /* bytes, of the next byte */
+	int64_t size;	/* of the file when the call began */
+	size_t unit;	/* bytes of a page of this file: 4096, or a huge page's size */
+	bool positioned;
+	char *map;
+	size_t span;
+	char *memory; /* where offset is mapped */
+};
+
+HIDDEN int target_open(struct target *target, const struct call *call, const int64_t *offset);
+/* Makes room for len bytes at the offset and maps it. */
+HIDDEN int target_map(struct target *target, size_t len);
+HIDDEN void target_unmap(struct target *target);
+/* Takes back what target_map() added to the file behind the done bytes that were filled. */
+HIDDEN void target_shrink(const struct target *target, size_t done);
+/* How many bytes from here the device may put straight into place, 0 if none. */
+HIDDEN size_t direct_span(const struct source *source, const char *memory, size_t len);
+HIDDEN void count_direct(struct call *call, size_t size);
+/* Fills len bytes of a mapping. Bytes, 0 at the end of the source, or -errno if none. */
+HIDDEN ssize_t fill_window(struct call *call, char *memory, size_t len);
+
 /* A read for a ring: size bytes at offset of fd into memory; got is bytes or -errno. */
 struct piece {
 	int fd;

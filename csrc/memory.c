@@ -34,16 +34,7 @@ bool is_memory_file(int fd)
 	return false;
 }
 
-/* The file that is filled. */
-struct target {
-	int fd;
-	int64_t offset; /* bytes, of the next byte */
-	int64_t size;	/* of the file when the call began */
-	size_t unit;	/* bytes of a page of this file: 4096, or a huge page's size */
-	bool positioned;
-};
-
-static int target_open(struct target *target, struct call *call, const int64_t *offset)
+int target_open(struct target *target, const struct call *call, const int64_t *offset)
 {
 	struct stat status;
 	struct statfs filesystem;
@@ -82,8 +73,7 @@ static int grow(const struct target *target, size_t size)
 	return 0;
 }
 
-/* Takes back what grow() added and nobody filled. */
-static void shrink(const struct target *target, size_t done)
+void target_shrink(const struct target *target, size_t done)
 {
 	int64_t end = target->offset + (int64_t)done;
 	struct stat status;
@@ -97,8 +87,7 @@ static void shrink(const struct target *target, size_t done)
 		return; /* sealed meanwhile: the zeros stay */
 }
 
-/* How many bytes from here the device may put straight into place, 0 if none. */
-static size_t direct_span(const struct source *source, const char *memory, size_t len)
+size_t direct_span(const struct source *source, const char *memory, size_t len)
 {
 	size_t left = source_left(source, len);
 
@@ -179,6 +168,18 @@ static uint32_t why_not_direct(const struct source *source, const char *memory)
 		       : RSPLICE_WHY_PARTIAL;
 }
 
+void count_direct(struct call *call, size_t size)
+{
+	bool certain = call->source.certain;
+
+	if (certain)
+		call->result.direct += size;
+	else
+		call->result.unknown += size;
+	rsplice_probe_fill(call->id, (int64_t)size,
+			   certain ? RSPLICE_HOW_DIRECT : RSPLICE_HOW_UNKNOWN);
+}
+
 static ssize_t fill_memory_directly(struct call *call, char *memory, size_t span)
 {
 	struct source *source = &call->source;
@@ -190,14 +191,8 @@ static ssize_t fill_memory_directly(struct call *call, char *memory, size_t span
 		source->direct = -1;
 		return wants(call, RSPLICE_F_STRICT) ? -EOPNOTSUPP : -EAGAIN;
 	}
-	if (got <= 0)
-		return got;
-	if (source->certain)
-		call->result.direct += (size_t)got;
-	else
-		call->result.unknown += (size_t)got;
-	rsplice_probe_fill(call->id, got,
-			   source->certain ? RSPLICE_HOW_DIRECT : RSPLICE_HOW_UNKNOWN);
+	if (got > 0)
+		count_direct(call, (size_t)got);
 	return got;
 }
 
@@ -218,8 +213,7 @@ static ssize_t fill_memory_by_copy(struct call *call, char *memory, size_t span)
 	return got;
 }
 
-/* Fills len bytes of the mapping. Bytes, 0 at the end of the source, or -errno if none. */
-static ssize_t fill_window(struct call *call, char *memory, size_t len)
+ssize_t fill_window(struct call *call, char *memory, size_t len)
 {
 	struct source *source = &call->source;
 	size_t done = 0;
@@ -258,22 +252,37 @@ static size_t available(const struct source *source, size_t len)
 	return (size_t)ready < len ? (size_t)ready : len;
 }
 
-static ssize_t map_and_fill(struct call *call, struct target *target, size_t len)
+int target_map(struct target *target, size_t len)
 {
 	int64_t base = (int64_t)round_down((uint64_t)target->offset, target->unit);
 	size_t head = (size_t)(target->offset - base);
-	size_t span = round_up(head + len, target->unit);
-	char *memory;
-	ssize_t got;
 	int error = grow(target, len);
 
 	if (error)
 		return error;
-	memory = mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_SHARED, target->fd, base);
-	if (memory == MAP_FAILED)
+	target->span = round_up(head + len, target->unit);
+	target->map =
+		mmap(NULL, target->span, PROT_READ | PROT_WRITE, MAP_SHARED, target->fd, base);
+	if (target->map == MAP_FAILED)
 		return -errno;
-	got = fill_window(call, memory + head, len);
-	munmap(memory, span);
+	target->memory = target->map + head;
+	return 0;
+}
+
+void target_unmap(struct target *target)
+{
+	munmap(target->map, target->span);
+}
+
+static ssize_t map_and_fill(struct call *call, struct target *target, size_t len)
+{
+	ssize_t got;
+	int error = target_map(target, len);
+
+	if (error)
+		return error;
+	got = fill_window(call, target->memory, len);
+	target_unmap(target);
 	return got;
 }
 
@@ -322,7 +331,7 @@ static ssize_t fill_target(struct call *call, struct target *target, size_t len)
 			break;
 	}
 	if (done < len || got < 0)
-		shrink(target, done);
+		target_shrink(target, done);
 	return done ? (ssize_t)done : got;
 }
 
