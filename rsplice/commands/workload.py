@@ -32,6 +32,8 @@ EXAMPLES
   rsplice workload                               the list
   rsplice workload relay --mode splice --count 23
   rsplice audit -- rsplice workload serve --mode sendfile --size 1M
+  rsplice audit -- rsplice workload fuse --mode rsplice
+  rsplice workload fuse --source DIR --mount POINT     shows DIR on POINT until Ctrl-C
   rsplice live -- rsplice workload mixed
 
 At its end a workload prints, as JSON, the calls it made, counted by what they returned.
@@ -52,11 +54,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("name", nargs="?", metavar="NAME", help="the workload to run")
-    parser.add_argument("--mode", help="how relay and serve carry the bytes (see the list)")
+    parser.add_argument("--mode", help="how the bytes are carried (see the list)")
     parser.add_argument("--size", help="bytes per operation, such as 4096, 64K or 1M")
     parser.add_argument("--count", help="operations to make (mixed: per program and 50 ms)")
     parser.add_argument("--seconds", help="stop after this time")
     parser.add_argument("--threads", help="threads, each with files or a connection of its own")
+    parser.add_argument("--source", metavar="DIR", help="fuse: the directory to show on --mount")
+    parser.add_argument("--mount", metavar="DIR", help="fuse: where, until a signal comes")
     parser.add_argument("--json", action="store_true", help="only JSON, on one line")
 
 
@@ -118,7 +122,25 @@ def parse_settings(workload: Workload, options: dict[str, str | None]) -> Settin
         if workload.paced:
             raise RspliceError(f"{workload.name} has no --threads: it is made of processes")
         settings = replace(settings, threads=_parse_number("--threads", threads, _MAX_THREADS))
-    return settings
+    return _with_directories(workload, settings, options)
+
+
+def _with_directories(
+    workload: Workload, settings: Settings, options: dict[str, str | None]
+) -> Settings:
+    """*settings* with the directories that some workloads take."""
+    given: dict[str, Any] = {
+        name: directory
+        for name in ("source", "mount")
+        if (directory := options.get(name)) is not None
+    }
+    for name in given:
+        if not hasattr(settings, name):
+            raise RspliceError(f"{workload.name} has no --{name}")
+    for name in ("size", "count"):
+        if given and options[name] is not None:
+            raise RspliceError(f"--{name} means nothing where a directory is served")
+    return replace(settings, **given)
 
 
 def _parse_size(text: str) -> int:
@@ -149,10 +171,11 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps([_describe(workload) for workload in WORKLOADS.values()]))
         return
+    width = max(map(len, WORKLOADS)) + 2
     for w in WORKLOADS.values():
-        print(f"{w.name:<8}{w.summary}")
+        print(f"{w.name:<{width}}{w.summary}")
         if w.modes:
-            print(f"{'':8}--mode {'|'.join(w.modes)} (default {w.defaults.mode})")
+            print(f"{'':{width}}--mode {'|'.join(w.modes)} (default {w.defaults.mode})")
 
 
 def _describe(workload: Workload) -> dict[str, Any]:
