@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count, cycle
 
 from rsplice.errors import RspliceError
@@ -87,20 +87,10 @@ def _give_all(
     return run_threads(work, settings, budget, progress)
 
 
-def _pages(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
 def _fresh(_pipe: transfer.Pipe, size: int) -> Iterator[AbstractContextManager[memoryview]]:
     """Buffers each of which is unmapped when it has been given."""
-
-    @contextmanager
-    def buffer() -> Iterator[memoryview]:
-        with _pages(size) as pages, memoryview(pages) as view:
-            yield view
-
     while True:
-        yield buffer()
+        yield transfer.fresh_pages(size)
 
 
 def _reused(pipe: transfer.Pipe, size: int) -> Iterator[AbstractContextManager[memoryview]]:
@@ -110,7 +100,7 @@ def _reused(pipe: transfer.Pipe, size: int) -> Iterator[AbstractContextManager[m
     """
     pages = -(-size // mmap.PAGESIZE)
     others = -(-pipe.slots // pages)
-    for buffer in cycle([memoryview(_pages(size)) for _ in range(others + 1)]):
+    for buffer in cycle([memoryview(transfer.private_pages(size)) for _ in range(others + 1)]):
         yield nullcontext(buffer)
 
 

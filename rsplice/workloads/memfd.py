@@ -89,19 +89,18 @@ def _by_read(
     calls: Calls, source: transfer.End, buffer: memoryview, memfd: int, offset: int, size: int
 ) -> None:
     """Two copies: into a buffer, and from there into the memfd."""
-    done = 0
-    while done < size:
-        got = transfer.read_at(calls, source, buffer[: size - done], offset + done)
-        transfer.write_at(calls, buffer[:got], transfer.End(memfd, MEMFD), done)
-        done += got
+    os.lseek(source.fd, offset, os.SEEK_SET)
+    while size:
+        size -= transfer.by_read_write(calls, source, transfer.End(memfd, MEMFD), buffer[:size])
 
 
 def _by_mmap(calls: Calls, source: transfer.End, memfd: int, offset: int, size: int) -> None:
     """One copy: into the memfd's own pages, which are mapped."""
+    os.lseek(source.fd, offset, os.SEEK_SET)
     with mmap.mmap(memfd, size) as pages, memoryview(pages) as view:
         done = 0
         while done < size:
-            done += transfer.read_at(calls, source, view[done:], offset + done)
+            done += transfer.read(calls, source, view[done:])
 
 
 def _by_rsplice(

@@ -17,9 +17,10 @@ from itertools import count
 from pathlib import Path
 
 from rsplice.errors import RspliceError
-from rsplice.workloads import transfer
+from rsplice.workloads import native, transfer
 from rsplice.workloads.core import (
     MEMORY,
+    PIPE,
     TCP,
     UNIX,
     Calls,
@@ -241,6 +242,45 @@ def _collector(stage: Stage, calls: Calls) -> None:
     transfer.drain_socket(calls, stage.log[1], UNIX, MESSAGE_SIZE)
 
 
+def _encoder(stage: Stage, calls: Calls) -> None:
+    """Hands frames to two listeners: written to each while copying, given and teed else."""
+    try:
+        native.require()
+    except RspliceError as error:
+        calls.skipped.add(str(error))
+        return
+    null = transfer.End(os.open("/dev/null", os.O_WRONLY), "/dev/null")
+    first, second = transfer.Pipe(), transfer.Pipe()
+    # What the pipes hold, since the listeners are this process too.
+    size = min(stage.settings.size, first.slots * PAGE_SIZE, second.slots * PAGE_SIZE)
+    frame = memoryview(bytearray(size))
+
+    def give() -> None:
+        with transfer.fresh_pages(size) as pages:
+            pages[:] = frame
+            first.lend(calls, pages, gift=True)
+        first.tee(calls, second, size)
+
+    def write() -> None:
+        for pipe in (first, second):
+            transfer.write(calls, frame, transfer.End(pipe.writer, PIPE))
+
+    def step(phase: int) -> None:
+        for _ in stage.offsets()[::4]:
+            if phase == FILLING:
+                return
+            if phase == COPYING:
+                write()
+            else:
+                give()
+            first.drain(calls, null, size)
+            left = size
+            while left:
+                left -= second.read(calls, frame[:left])
+
+    stage.play(step)
+
+
 def _editor(stage: Stage, calls: Calls) -> None:
     """Changes a page of a file while it is queued in a pipe: the hazard of splice."""
     assets = stage.open("assets")
@@ -268,6 +308,7 @@ PROGRAMS: dict[str, Callable[[Stage, Calls], None]] = {
     "database": _database,
     "index": _index,
     "logger": _logger,
+    "encoder": _encoder,
     "editor": _editor,
 }
 

@@ -3,6 +3,7 @@
 
 Vectored calls stand for read(2) and write(2) on files: they fill a buffer that is there already,
 and the interpreter makes none of its own, so an audit shows the workload's calls and no others.
+(Python's preadv and pwritev are one system call or another, as its libc has it.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import fcntl
 import mmap
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rsplice.errors import RspliceError
@@ -40,21 +42,6 @@ def write(calls: Calls, data: memoryview, destination: End) -> None:
     while done < len(data):
         sent = os.writev(destination.fd, [data[done:]])
         done += calls.add("writev", MEMORY, destination.kind, sent)
-
-
-def read_at(calls: Calls, source: End, buffer: memoryview, offset: int) -> int:
-    """Fills *buffer* from *offset*; bytes read."""
-    got = os.preadv(source.fd, [buffer], offset)
-    expect_progress(got, "preadv")
-    return calls.add("preadv", source.kind, MEMORY, got)
-
-
-def write_at(calls: Calls, data: memoryview, destination: End, offset: int) -> None:
-    """Writes all of *data* at *offset*."""
-    done = 0
-    while done < len(data):
-        sent = os.pwritev(destination.fd, [data[done:]], offset + done)
-        done += calls.add("pwritev", MEMORY, destination.kind, sent)
 
 
 def by_read_write(calls: Calls, source: End, destination: End, buffer: memoryview) -> int:
@@ -98,6 +85,18 @@ def by_copy_file_range(calls: Calls, source: End, destination: End, offset: int,
         calls.add("copy_file_range", source.kind, destination.kind, done)
         offset += done
         size -= done
+
+
+def private_pages(size: int) -> mmap.mmap:
+    """Anonymous memory of this process alone, aligned to a page."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@contextmanager
+def fresh_pages(size: int) -> Iterator[memoryview]:
+    """Memory to give away: it is unmapped in the end."""
+    with private_pages(size) as pages, memoryview(pages) as view:
+        yield view
 
 
 class Pipe:

@@ -95,6 +95,7 @@ class Sender:
                     raise
             # So many pages are locked, or notifications kept, that no more may be.
             if not self._awaited:
+                self._calls.reported["zerocopy_refused"] += 1
                 return self._connection.send(data), False
             self._await_notification()
 
