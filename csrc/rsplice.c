@@ -162,35 +162,49 @@ static size_t reserve(const struct call *call, size_t len, enum consumer consume
 	return len < (size_t)size ? len : (size_t)size;
 }
 
-/* Nothing is taken from what cannot be read again while the consumer has no room. */
 static int wait_for_room(const struct call *call)
 {
 	struct pollfd poll_fd = {.fd = call->fd_out, .events = POLLOUT};
-	int ready;
+	int ready = poll(&poll_fd, 1, 0);
 
-	if (!wants(call, RSPLICE_F_NONBLOCK))
-		return 0;
-	ready = poll(&poll_fd, 1, 0);
 	if (ready < 0)
 		return -errno;
 	return ready ? 0 : -EAGAIN;
 }
 
-/* File to pipe, aligned throughout: the kernel fills the consumer's own slots. */
+/*
+ * Whether one splice(2) does it all: a file's aligned part into the consumer's own slots, a pipe's
+ * pages, or what a stream lends.
+ */
 static bool goes_straight(const struct call *call, size_t len, enum consumer consumer)
 {
 	const struct source *source = &call->source;
 
-	return consumer == CONSUMER_PIPE && fills_directly(source) &&
-	       !(source->offset % source->offset_align) && !(len % source->offset_align);
+	switch (source->kind) {
+	case SOURCE_FILE:
+		return consumer == CONSUMER_PIPE && fills_directly(source) &&
+		       !(source->offset % source->offset_align) && !(len % source->offset_align);
+	case SOURCE_PIPE:
+		return true;
+	case SOURCE_STREAM:
+		return consumer == CONSUMER_PIPE && wants(call, RSPLICE_F_SHARE);
+	default:
+		return false;
+	}
 }
 
 static ssize_t go_straight(struct call *call, size_t len)
 {
-	enum rsplice_how how = call->source.certain ? RSPLICE_HOW_DIRECT : RSPLICE_HOW_UNKNOWN;
-	loff_t at = call->source.offset;
-	ssize_t got = splice(call->source.direct, &at, call->fd_out, NULL, len, splice_flags(call));
+	const struct source *source = &call->source;
+	bool file = source->kind == SOURCE_FILE;
+	enum rsplice_how how = RSPLICE_HOW_REFERENCE;
+	loff_t at = source->offset;
+	ssize_t got;
 
+	if (file)
+		how = source->certain ? RSPLICE_HOW_DIRECT : RSPLICE_HOW_UNKNOWN;
+	got = splice(file ? source->direct : source->fd, file ? &at : NULL, call->fd_out, NULL, len,
+		     splice_flags(call));
 	if (got < 0)
 		return -errno;
 	if (got) {
@@ -221,11 +235,9 @@ static ssize_t deliver_carried(struct call *call, struct own_pipe *pipe, size_t 
 static ssize_t round_trip(struct call *call, size_t len, enum consumer consumer)
 {
 	enum rsplice_how how = RSPLICE_HOW_COPY;
-	struct own_pipe *pipe = carry_take(&call->source);
+	struct own_pipe *pipe;
 	ssize_t got, done;
 
-	if (pipe)
-		return deliver_carried(call, pipe, len, consumer);
 	len = reserve(call, len, consumer);
 	pipe = own_pipe_get(pages_of(len) +
 			    2); /* what is not aligned lies in one page more, or two */
@@ -251,20 +263,34 @@ static ssize_t round_trip(struct call *call, size_t len, enum consumer consumer)
 	return done;
 }
 
+/* Nothing is taken from what cannot be read again before there is something, and room for it. */
+static int wait_for_both(const struct call *call)
+{
+	bool nonblock = wants(call, RSPLICE_F_NONBLOCK);
+	int error;
+
+	/* A pipe's splice(2) waits by itself. */
+	if (source_seekable(&call->source) || call->source.kind == SOURCE_PIPE)
+		return 0;
+	error = nonblock ? wait_for_room(call) : 0;
+	return error ? error : source_wait(&call->source, nonblock);
+}
+
 static ssize_t into_stream(struct call *call, size_t len, enum consumer consumer)
 {
+	struct own_pipe *carried = carry_take(&call->source);
 	size_t done = 0;
 	ssize_t got = 0;
 	int error;
 
-	if (!source_seekable(&call->source)) {
-		error = wait_for_room(call);
-		if (error)
-			return error;
-	}
+	if (carried)
+		return deliver_carried(call, carried, len, consumer);
+	error = wait_for_both(call);
+	if (error)
+		return error;
 	if (goes_straight(call, len, consumer)) {
 		got = go_straight(call, len);
-		if (got != -EINVAL)
+		if (got != -EINVAL || call->source.kind == SOURCE_PIPE)
 			return got;
 	}
 	while (done < len) {
@@ -275,7 +301,7 @@ static ssize_t into_stream(struct call *call, size_t len, enum consumer consumer
 			break;
 		done += (size_t)got;
 		call->source.offset += got;
-		/* As read(2): what a pipe has room for, or a socket or pipe has to give. */
+		/* As read(2): what a pipe has room for, or a socket has to give. */
 		if (consumer == CONSUMER_PIPE || !source_seekable(&call->source))
 			break;
 	}
