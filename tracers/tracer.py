@@ -163,8 +163,6 @@ class Tracer:
         program = Program(source_text(defines), btf, self.direct)
         try:
             self._fill_tables(program)
-            # First, for they are what the processes that are followed rest on.
-            usdt.attach(program, self._files, self.usdt_files, self.missing)
             self._attach_all(program, btf, layout)
         except BpfError as error:
             program.close()
@@ -198,6 +196,7 @@ class Tracer:
         with ThreadPoolExecutor() as pool:
             loads = {p: pool.submit(program.load, f"tp_{p.tracepoint}", names[p]) for p in names}
             tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
+            usdt.attach(program, self._files, self.usdt_files, self.missing)
         for tail, load in zip(tails, tail_loads, strict=True):
             self._put_tail(program, tail, load)
         for probe in sorted(loads, key=lambda p: p.tracepoint == "sys_exit"):

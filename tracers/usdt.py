@@ -204,6 +204,7 @@ def attach(
 ) -> None:
     """Attaches to the probes in *files*, and notes which are attached and which are missing."""
     number = 0
+    table = program.map("usdt_sites") if files else None
     for file in files:
         places: list[tuple[int, int]] = []
         for site in file.sites:
@@ -212,10 +213,10 @@ def attach(
             except ValueError as error:
                 missing.append(_missing(file, str(error)))
                 continue
-            if number >= _TABLE_SIZE:
+            if table is None or number >= _TABLE_SIZE:
                 missing.append(_missing(file, "there are too many in too many files"))
                 break
-            program.map("usdt_sites").put(struct.pack("=I", number), encoded)
+            table.put(struct.pack("=I", number), encoded)
             places.append((site.offset, number))
             number += 1
         try:

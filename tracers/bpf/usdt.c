@@ -130,34 +130,33 @@ static __always_inline void close_call(u64 process, u64 id, u64 aborted)
 		usdt_inside.delete(&tid);
 }
 
-static __always_inline void add_mark(struct mark_key *key, u64 *bytes, u32 nr_bytes)
+/* Adds nr_bytes of the arguments, from the first on. Loops: code written out takes long to compile.
+ */
+static __always_inline void add_mark(struct mark_key *key, u64 *values, u32 first, u32 nr_bytes)
 {
-	struct mark_sum none = {}, *sum;
+	struct mark_sum none = {}, *sum = usdt_marks.lookup_or_try_init(key, &none);
 	u32 i;
 
-#pragma unroll
-	for (i = 0; i < 5; i++) {
-		if (i < nr_bytes && bytes[i] > MOST_BYTES) {
-			count_lost_mark();
-			return;
-		}
-	}
-	sum = usdt_marks.lookup_or_try_init(key, &none);
 	if (!sum) {
 		count_lost_mark();
 		return;
 	}
-	__sync_fetch_and_add(&sum->calls, 1);
-#pragma unroll
-	for (i = 0; i < 5; i++) {
-		if (i < nr_bytes)
-			__sync_fetch_and_add(&sum->bytes[i], bytes[i]);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < nr_bytes; i++) {
+		if (values[first + i] > MOST_BYTES) {
+			count_lost_mark();
+			return;
+		}
 	}
+	__sync_fetch_and_add(&sum->calls, 1);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < nr_bytes; i++)
+		__sync_fetch_and_add(&sum->bytes[i], values[first + i]);
 }
 
 int usdt_mark(u64 *ctx)
 {
-	u32 index = attach_cookie(ctx), i;
+	u32 index = attach_cookie(ctx), first = 1, i;
 	struct site *site = usdt_sites.lookup(&index);
 	u64 process, values[NR_ARGUMENTS] = {};
 	struct mark_key key = {};
@@ -167,32 +166,22 @@ int usdt_mark(u64 *ctx)
 	process = process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task());
 	if (!process)
 		return 0;
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (i = 0; i < NR_ARGUMENTS; i++) {
 		if (i < site->nr_arguments)
 			values[i] = value_of(ctx, &site->arguments[i]);
 	}
 	key.process = process;
 	key.mark = site->mark;
-	switch (site->mark) {
-	case MARK_RESERVE:
+	if (key.mark == MARK_RESERVE) {
+		first = 3;
 		open_call(process, values[0], values[3]);
-		add_mark(&key, &values[3], 1);
-		break;
-	case MARK_FILL:
-	case MARK_FALLBACK:
-		key.detail = values[2] & 0xff;
-		add_mark(&key, &values[1], 1);
-		break;
-	case MARK_PUBLISH:
-		close_call(process, values[0], ~0ULL);
-		add_mark(&key, &values[1], 5);
-		break;
-	case MARK_ABORT:
-		close_call(process, values[0], values[1]);
-		add_mark(&key, &values[1], 1);
-		break;
 	}
+	if (key.mark == MARK_FILL || key.mark == MARK_FALLBACK)
+		key.detail = values[2] & 0xff;
+	if (key.mark == MARK_PUBLISH || key.mark == MARK_ABORT)
+		close_call(process, values[0], key.mark == MARK_PUBLISH ? ~0ULL : values[1]);
+	add_mark(&key, values, first, key.mark == MARK_PUBLISH ? 5 : 1);
 	return 0;
 }
 #endif
