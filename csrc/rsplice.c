@@ -363,7 +363,7 @@ static int check_output(const struct call *call, const int64_t *off_out, enum co
 
 static ssize_t carry_out(struct call *call, int64_t *off_out, size_t len)
 {
-	enum consumer consumer;
+	enum consumer consumer = CONSUMER_PIPE;
 	ssize_t done = check_output(call, off_out, &consumer);
 
 	if (done)
