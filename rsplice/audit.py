@@ -221,7 +221,9 @@ class RspliceCalls:
         """Where intention and fate differ, a sentence each; what nobody saw is no difference."""
         said, seen = self.published, self.seen_counts
         # Filled, and then the consumer failed, or has not been given them yet.
-        pending = max(0, self.filled.nbytes - said.nbytes)
+        filled, pending = self.filled, max(0, self.filled.nbytes - said.nbytes)
+        by_cpu = min(pending, filled.copied + filled.generated + filled.unknown)
+        by_reference = min(pending, filled.reference + filled.unknown)
         headers = _REPLY_HEADER * self.reserved.calls
         lent = sum(path.counts.shared for path in self.seen if path.fills_pipe)
         most = seen.copy_bytes + seen.unknown
@@ -230,9 +232,9 @@ class RspliceCalls:
             sentences.append(f"{said.nbytes} bytes handed on, {seen.payload_bytes} seen")
         elif said.copied > most:
             sentences.append(f"{said.copied} bytes copied, no more than {most} seen copied")
-        if seen.copy_bytes > said.copied + said.unknown + pending + headers:
+        if seen.copy_bytes > said.copied + said.unknown + by_cpu + headers:
             sentences.append(f"{said.copied} bytes copied, {seen.copy_bytes} seen copied")
-        if lent > said.shared + said.copied + said.unknown + pending + seen.discarded:
+        if lent > said.shared + said.copied + said.unknown + by_reference + seen.discarded:
             sentences.append(f"{said.shared} bytes shared, {lent} seen shared with the source")
         return [f"by the library's word {sentence}" for sentence in sentences]
 

@@ -49,7 +49,7 @@ from tests.support.attached import (
     wait_until_attached,
     wait_until_gone,
 )
-from tests.support.run import Running, audit, environment, process
+from tests.support.run import RSPLICE, Running, audit, environment, process
 from tests.test_ledger import KERNEL, PROCESSES, PROPERTY, tallies
 from tests.test_report import EVIL, EVIL_SHOWN
 
@@ -703,6 +703,12 @@ def test_a_copy_that_was_said_to_be_a_move_is_told() -> None:
     assert sentence == "by the library's word 100 bytes copied, 4212 seen copied"
 
 
+def test_what_a_device_filled_excuses_no_copy() -> None:
+    reply = path("pipe", "fuse device", "fuse reply", copied=8292)
+    calls = sample_calls(INTO_PIPE, reply, filled=Filled(direct=3 * 8292))
+    assert len(calls.differences) == 1
+
+
 def test_a_move_that_was_said_to_be_a_copy_is_told() -> None:
     reply = path("pipe", "fuse device", "fuse reply", moved=8292)
     (sentence,) = sample_calls(INTO_PIPE, reply).differences
@@ -737,6 +743,13 @@ def test_calls_in_which_nothing_was_seen_are_told() -> None:
             path("unix", "user memory", "recvfrom", copied=8292),
             published=Published(),
             filled=Filled(copied=8292),
+        ),
+        # The same, beside what was handed on and filled by a device.
+        sample_calls(
+            INTO_PIPE,
+            path("pipe", "fuse device", "fuse reply", moved=8192, copied=100),
+            path("unix", "user memory", "recvfrom", copied=500),
+            filled=Filled(direct=8292, copied=500),
         ),
         # Lent by the page cache, and copied at the consumer, as it was said.
         sample_calls(
@@ -862,3 +875,24 @@ def test_the_library_does_as_it_says(tmp_path: Path) -> None:
     seen = seen_bytes(calls)
     assert seen["splice pipe"] >= 23 * 16384
     assert sum(p["copy_bytes"] for p in calls["seen"]) == 23 * 3001
+
+
+@privileged
+def test_what_a_filesystem_moves_is_seen_to_be_moved(
+    tmp_path: Path, needs: Callable[..., None]
+) -> None:
+    pytest.importorskip("rsplice._fuse")
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no FUSE here: /dev/fuse")
+    command = [*RSPLICE, "workload", "fuse", "--mode", "rsplice", "--size", "1M", "--count", "7"]
+    result = audit(command, env=environment() | {"TMPDIR": str(tmp_path)})
+    assert result.status == 0, result.stderr
+    calls = result.json["rsplice_calls"]
+    if not any("_fuse" in name for name in result.json["accuracy"]["usdt_files"]):
+        pytest.skip("rsplice._fuse was built without sys/sdt.h")
+    replies = [row for row in calls["seen"] if row["via"] == "fuse reply"]
+    assert [row["evidence"] for row in replies] == ["identity"]
+    for disposition in ("moved", "copied"):
+        assert calls["published"][disposition] == replies[0][disposition]
+    assert calls["published"]["moved"] > calls["published"]["copied"]
+    assert calls["differences"] == []
