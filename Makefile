@@ -2,8 +2,11 @@
 # make live    the dashboard over a built-in workload
 # make test    everything that is checked
 # make setup   only .venv/bin/rsplice
+# make bench   what tracing costs, what librsplice gains
+# make fuzz    ten minutes of random calls and faults (FUZZ_SECONDS)
 BIN := .venv/bin
-C_FILES := $(wildcard csrc/*.[ch] tests/drivers/*.[ch] benchmarks/*.[ch])
+C_FILES := $(wildcard csrc/*.[ch] csrc/workloads/*.[ch] tests/c/*.[ch] tests/drivers/*.[ch] \
+	benchmarks/*.[ch])
 CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	--inline-suppr --error-exitcode=1
 BPF_FILES := $(wildcard tracers/bpf/*.[ch])
@@ -34,6 +37,7 @@ lint: setup-test
 
 bench: setup-bench
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks
+	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks.performance
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

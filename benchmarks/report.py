@@ -71,7 +71,7 @@ def show(console: Console, result: dict[str, Any], titles: dict[str, str]) -> No
     """Prints the tables."""
     if result["machine"]["load"] > QUIET_LOAD:
         console.print(_BUSY)
-    table = _plain_table("Time per pair of calls: times untraced, and ns added to each call")
+    table = plain_table("Time per pair of calls: times untraced, and ns added to each call")
     table.add_column(no_wrap=True)
     for spec in SPECS:
         # The first of them holds the reason why a row is empty.
@@ -80,18 +80,19 @@ def show(console: Console, result: dict[str, Any], titles: dict[str, str]) -> No
     for tracer, title in titles.items():
         table.add_row(title, *(Text(cell) for cell in _cells(result, tracer)))
     console.print(table)
-    table = _plain_table("Targets")
+    table = plain_table("Targets")
     for heading in ("", "target", "reading", ""):
         justify: JustifyMethod = "right" if heading == "reading" else "left"
         table.add_column(heading, justify=justify, no_wrap=True)
     for target in targets(result):
-        table.add_row(*_target_cells(target))
+        table.add_row(*target_cells(target))
     console.print(table)
     for what, reason in _reasons(result, titles).items():
         console.print(Text(f"not measured: {what}: {reason}"))
 
 
-def _plain_table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """A table as every table of the benchmarks looks on the terminal."""
     return Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
@@ -113,7 +114,8 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:,.0f}x"
 
 
-def _target_cells(target: Target) -> list[str]:
+def target_cells(target: Target) -> list[str]:
+    """A row: what, the limit, the reading, and whether it was met."""
     bound = "at least" if target.at_least else "at most"
     reading = "not measured" if target.reading is None else f"{target.reading:,.2f}"
     verdict = {None: "", True: "met", False: "MISSED"}[target.met]
@@ -130,7 +132,7 @@ def markdown(result: dict[str, Any], titles: dict[str, str]) -> str:
     return "\n\n".join(
         (
             _INTRODUCTION,
-            _machine(result),
+            machine_line(result),
             _targets_section(result),
             _calls_section(result, titles),
             _web_section(result),
@@ -179,7 +181,8 @@ _METHOD = """\
 """
 
 
-def _machine(result: dict[str, Any]) -> str:
+def machine_line(result: dict[str, Any]) -> str:
+    """What the readings were taken on."""
     m = result["machine"]
     busy = f" {_BUSY}" if m["load"] > QUIET_LOAD else ""
     return (
@@ -188,21 +191,23 @@ def _machine(result: dict[str, Any]) -> str:
     )
 
 
-def _table(heading: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )
 
 
-def _spread(summary: dict[str, float], form: str) -> str:
+def spread(summary: dict[str, float], form: str) -> str:
+    """The median, and the least and the greatest in parentheses."""
     low, high = format(summary["low"], form), format(summary["high"], form)
     return f"{format(summary['median'], form)} ({low} to {high})"
 
 
 def _targets_section(result: dict[str, Any]) -> str:
-    rows = [_target_cells(target) for target in targets(result)]
-    section = "## Targets\n\n" + _table(["", "target", "reading", ""], rows)
+    rows = [target_cells(target) for target in targets(result)]
+    section = "## Targets\n\n" + markdown_table(["", "target", "reading", ""], rows)
     if "floor" not in result["calls"]:
         return section
     least = [row["added_ns_per_call"]["median"] for row in result["calls"]["floor"].values()]
@@ -222,11 +227,11 @@ def _calls_section(result: dict[str, Any], titles: dict[str, str]) -> str:
         ("Nanoseconds added to each call:", "added_ns_per_call", "+,.0f"),
     ):
         rows = [
-            [title, *(_spread(result["calls"][key][spec.key][figure], form) for spec in SPECS)]
+            [title, *(spread(result["calls"][key][spec.key][figure], form) for spec in SPECS)]
             for key, title in titles.items()
             if key in result["calls"] and (key != UNTRACED.key or figure == "ns_per_pair")
         ]
-        sections += [text, _table(heading, rows)]
+        sections += [text, markdown_table(heading, rows)]
     return "\n\n".join(sections)
 
 
@@ -234,10 +239,10 @@ def _web_section(result: dict[str, Any]) -> str:
     rows = [
         [
             size,
-            _spread(result["web"][size]["untraced"], ",.0f"),
-            _spread(result["web"][size]["audited"], ",.0f"),
-            _spread(result["web"][size]["audited_fewer_per_cent"], ".1f"),
-            _spread(result["web"][size]["floor_fewer_per_cent"], ".1f"),
+            spread(result["web"][size]["untraced"], ",.0f"),
+            spread(result["web"][size]["audited"], ",.0f"),
+            spread(result["web"][size]["audited_fewer_per_cent"], ".1f"),
+            spread(result["web"][size]["floor_fewer_per_cent"], ".1f"),
         ]
         for size in SIZES
         if size in result["web"]
@@ -249,7 +254,9 @@ def _web_section(result: dict[str, Any]) -> str:
         "% fewer",
         "% fewer with an empty BPF program",
     ]
-    return "## nginx with sendfile\n\n" + (_table(heading, rows) if rows else "Not measured.")
+    return "## nginx with sendfile\n\n" + (
+        markdown_table(heading, rows) if rows else "Not measured."
+    )
 
 
 def _footprint_section(result: dict[str, Any]) -> str:
@@ -263,7 +270,9 @@ def _footprint_section(result: dict[str, Any]) -> str:
     if "start_s" in found:
         starts = ", ".join(f"{s:.2f}" for s in found["start_s"])
         rows.append(["from start to the command's start", f"{starts} s"])
-    return "## rsplice itself\n\n" + (_table(["", "reading"], rows) if rows else "Not measured.")
+    return "## rsplice itself\n\n" + (
+        markdown_table(["", "reading"], rows) if rows else "Not measured."
+    )
 
 
 def _live(found: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -301,6 +302,7 @@ class Crew:
             set_process_name(name)
             calls = Calls()
             work(calls)
+            calls.reported[f"cpu_us_{name}"] += _cpu_us()
             self._report(os.getpid()).write_text(json.dumps(calls.to_json()))
             status = 0
         except (OSError, RspliceError) as error:
@@ -355,6 +357,12 @@ class Crew:
         finally:
             self.stop()
         return self._calls
+
+
+def _cpu_us() -> int:
+    """Microseconds that this process has run, system calls included."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return round((usage.ru_utime + usage.ru_stime) * 1e6)
 
 
 def _last_line(text: str) -> str:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""What the performance benchmark found, on the terminal and as docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, JustifyMethod
+from rich.text import Text
+
+from benchmarks.report import machine_line, markdown_table, plain_table, spread, target_cells
+from benchmarks.stats import Target
+
+_MODES = {
+    "copy": "copy: pread, writev",
+    "direct": "direct: O_DIRECT pread, writev",
+    "splice": "splice: page cache, SPLICE_F_MOVE",
+    "rsplice": "rsplice",
+    "passthrough": "FUSE passthrough",
+    "dd": "dd of the source",
+    "dd O_DIRECT": "dd of the source, O_DIRECT",
+}
+_FILLS = {
+    "read-write": "pread into a buffer, pwrite: 2 copies",
+    "read-mapping": "pread into the mapping: 1 copy",
+    "rsplice": "rsplice, pages of 4 KiB",
+    "rsplice-thp": "rsplice, transparent huge pages",
+    "rsplice-hugetlb": "rsplice, hugetlb pages of 2 MiB",
+}
+_PIECES = {
+    "pieces-single": "rsplice, one call a piece",
+    "pieces-batch": "rsplice_batch, all in one call",
+}
+_REMOTE = {"copy": "recv, writev: 2 copies", "rsplice": "rsplice: 1 copy"}
+
+
+def _median(result: dict[str, Any], part: str, name: str, figure: str) -> float | None:
+    found = result[part].get(name, {}).get(figure)
+    return float(found["median"]) if found else None
+
+
+def _quotient(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
+
+
+def targets(result: dict[str, Any]) -> list[Target]:
+    """The targets beside what was read: medians against medians of the same rounds."""
+
+    def cpu(mode: str) -> float | None:
+        return _median(result, "fuse", f"{mode} cold", "cpu_s_per_gib")
+
+    def speed(mode: str) -> float | None:
+        return _median(result, "fuse", f"{mode} cold", "mib_per_s")
+
+    remote = [_median(result, "remote", mode, "cpu_s_per_gib") for mode in ("rsplice", "copy")]
+    native = _median(result, "calls", "calls", "us_per_call")
+    python = _median(result, "calls", "python", "us_per_call")
+    more = None if native is None or python is None else python - native
+    return [
+        Target("server CPU, of copying's", 0.2, "x", _quotient(cpu("rsplice"), cpu("copy"))),
+        Target("server CPU, of O_DIRECT copying's", 0.5, "x",
+               _quotient(cpu("rsplice"), cpu("direct"))),
+        Target("throughput, of page-cache splice's", 1.3, "x",
+               _quotient(speed("rsplice"), speed("splice")), at_least=True),
+        Target("recvpage CPU, of recv and write's", 0.6, "x", _quotient(*remote)),
+        Target("a call from Python, over C", 1.0, "us", more),
+    ]  # fmt: skip
+
+
+#: How a figure becomes a cell, from its summary and its format.
+Cell = Callable[[dict[str, float], str], str]
+
+
+def _middle(summary: dict[str, float], form: str) -> str:
+    """The median alone, for a terminal's 80 columns."""
+    return format(summary["median"], form)
+
+
+def _fuse_rows(result: dict[str, Any], cell: Cell) -> list[list[str]]:
+    rows = []
+    for mode, title in _MODES.items():
+        cells = [title]
+        for state in (" cold", " warm") if mode not in ("dd", "dd O_DIRECT") else ("",):
+            found = result["fuse"].get(mode + state)
+            cells += [
+                cell(found["mib_per_s"], ",.0f") if found else "",
+                cell(found["cpu_s_per_gib"], ".3f") if found and "cpu_s_per_gib" in found else "",
+            ]
+        if len(cells) > 1 and any(cells[1:]):
+            rows.append(cells + [""] * (5 - len(cells)))
+    return rows
+
+
+_FUSE_HEADING = ["", "cold, MiB/s", "server CPU, s/GiB", "warm, MiB/s", "server CPU, s/GiB"]
+
+
+def _rows(
+    part: dict[str, Any], titles: dict[str, str], figures: dict[str, str], cell: Cell
+) -> list[list[str]]:
+    """A row for each title that was measured: the figures, in their format."""
+    return [
+        [title, *(cell(part[name][figure], form) for figure, form in figures.items())]
+        for name, title in titles.items()
+        if name in part
+    ]
+
+
+def _sections(result: dict[str, Any], cell: Cell) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, heading, rows) of every table."""
+    memory, calls = result["memory"], result["calls"]
+    rates = {"mib_per_s": ",.0f", "cpu_s_per_gib": ".3f"}
+    return [
+        (f"{result['size'] >> 20} MiB read through FUSE", _FUSE_HEADING, _fuse_rows(result, cell)),
+        (
+            "Pages fetched over TCP",
+            ["", "receiver's CPU, s/GiB"],
+            _rows(result["remote"], _REMOTE, {"cpu_s_per_gib": ".3f"}, cell),
+        ),
+        (
+            "256 MiB of a file into a memfd, cold",
+            ["", "MiB/s", "CPU, s/GiB"],
+            _rows(memory, _FILLS, rates, cell),
+        ),
+        (
+            "Pieces of 4 KiB from all over a file",
+            ["", "us each"],
+            _rows(memory, _PIECES, {"us_per_call": ",.1f"}, cell),
+        ),
+        (
+            "One call: a byte from pipe to pipe",
+            ["", "us"],
+            _rows(
+                calls, {"calls": "from C", "python": "from Python"}, {"us_per_call": ".2f"}, cell
+            ),
+        ),
+        (
+            "memcpy",
+            ["", "MiB/s"],
+            _rows(memory, {"memcpy": "256 MiB"}, {"mib_per_s": ",.0f"}, cell),
+        ),
+    ]
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Prints the tables: medians."""
+    sections = _sections(result, _middle)
+    sections.append(
+        ("Targets", ["", "target", "reading", ""], [target_cells(t) for t in targets(result)])
+    )
+    for title, heading, rows in sections:
+        if not rows:
+            continue
+        table = plain_table(title)
+        for number, text in enumerate(heading):
+            justify: JustifyMethod = "right" if number else "left"
+            table.add_column(text, justify=justify)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    for what, reason in result["missing"].items():
+        console.print(Text(f"not measured: {what}: {reason}"))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """docs/performance.md."""
+    parts = [_INTRODUCTION, machine_line(result), "## Targets"]
+    parts.append(
+        markdown_table(["", "target", "reading", ""], [target_cells(t) for t in targets(result)])
+    )
+    for title, heading, rows in _sections(result, spread):
+        parts += [f"## {title}", markdown_table(heading, rows) if rows else "Not measured."]
+    if result["missing"]:
+        lines = [f"- {what}: {reason}" for what, reason in result["missing"].items()]
+        parts += ["## Not measured", "\n".join(lines)]
+    parts += [_REASONS, _METHOD.format(rounds=result["rounds"])]
+    return "\n\n".join(parts)
+
+
+_INTRODUCTION = """\
+<!-- SPDX-License-Identifier: MIT -->
+# Performance
+
+What filling empty buffers gains over copying, and where it loses. `make bench` measures it all
+again, `python -m benchmarks.performance --write-docs` writes this page. The figures are of one
+machine:"""
+
+_REASONS = """\
+## Why
+
+- **rsplice, cold.** The disk fills fresh pages by DMA, and the kernel puts them into the page
+  cache of the FUSE file: the server's processor touches no byte. What is left is work for each page
+  of 4 KiB: allocating it, queuing it in a pipe, putting it in the placeholder's place in the page
+  cache, charging it to a memory cgroup, freeing the placeholder. Copying pays for pages too, in the
+  page cache of the source, and for two copies.
+- **rsplice, warm: it loses.** O_DIRECT goes to the disk although the source is in the page cache.
+  Who reads the same files again and again is served better by `splice`, by copying, or by FUSE
+  passthrough, which shares one page cache.
+- **FUSE passthrough** takes the server out of the way altogether, for files that lie on a local
+  filesystem as they are. A server that assembles, decrypts or fetches its data cannot use it.
+- **recvpage.** Received bytes lie in socket buffers, of which the kernel gives no page away: one
+  copy is the least on a stock kernel, and half of what recv and write make.
+- **Huge pages** take work for each page away: one page of 2 MiB in place of 512.
+- **Small pieces** wait for the disk, not for the processor: a batch has several under way.
+"""
+
+_METHOD = """\
+## How it was measured
+
+- All rows run in turn, {rounds} rounds, every other round backwards. Tables show the median, and in
+  parentheses the least and the greatest; a target compares medians.
+- The filesystem is `rsplice workload fuse --source DIR --mount DIR --threads 2` with READs of up to
+  512 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
+  that reads the source with O_DIRECT into memory and writes that to the kernel.
+- Cold: neither the source's pages nor the FUSE file's are in the page cache. Warm: the source's
+  are.
+- Server CPU is the time that the threads of the serving process ran (schedstat). It holds what
+  interrupts took meanwhile, and for `copy` and `splice` the reading ahead of the source.
+- recvpage: files on the loopback interface, read through the caching filesystem; the time is that
+  of the process that receives and replies.
+- `benchmarks/fill.c` fills the memfds and makes the calls.
+- memcpy is one copy from memory to memory, pages mapped: what the processor can copy at best.
+"""

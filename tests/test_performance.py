@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""The performance benchmark: its arithmetic on fixed readings, and its driver on a small file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import performance, performance_report
+from benchmarks.performance import Readings, add, children, processor_seconds
+from benchmarks.tracers import Unavailable
+from tests.support.run import process
+
+MACHINE = {"processor": "A", "processors": 2, "memory_gib": 4, "kernel": "6.18", "load": 0.1}
+
+
+def result(rsplice_cpu: float = 0.1, rsplice_speed: float = 900.0) -> dict[str, Any]:
+    readings: dict[str, Readings] = {"fuse": {}, "remote": {}, "memory": {}, "calls": {}}
+    for mode, speed, cpu in (
+        ("copy", 400.0, 1.0),
+        ("direct", 800.0, 0.4),
+        ("splice", 600.0, 0.8),
+        ("rsplice", rsplice_speed, rsplice_cpu),
+    ):
+        for state in performance.STATES:
+            add(readings["fuse"], f"{mode} {state}", mib_per_s=speed, cpu_s_per_gib=cpu)
+    add(readings["fuse"], "dd", mib_per_s=1000.0)
+    add(readings["remote"], "copy", cpu_s_per_gib=1.0)
+    add(readings["remote"], "rsplice", cpu_s_per_gib=0.5)
+    add(readings["memory"], "memcpy", mib_per_s=5000.0)
+    add(readings["calls"], "calls", us_per_call=2.0)
+    add(readings["calls"], "python", us_per_call=2.75)
+    return {
+        "machine": MACHINE,
+        "size": 1 << 30,
+        "rounds": 1,
+        "missing": {"passthrough": "needs root"},
+        **{part: performance._summaries(found) for part, found in readings.items()},
+    }
+
+
+def test_targets_compare_medians_of_the_cold_rows() -> None:
+    read = [target.reading for target in performance_report.targets(result())]
+    assert read == pytest.approx([0.1, 0.25, 1.5, 0.5, 0.75])
+    assert all(target.met for target in performance_report.targets(result()))
+
+
+def test_a_missed_target_says_so() -> None:
+    missed = [t for t in performance_report.targets(result(0.3, 700.0)) if not t.met]
+    assert [t.what.split(",")[0] for t in missed] == ["server CPU", "server CPU", "throughput"]
+    text = performance_report.markdown(result(0.3, 700.0))
+    assert text.count("MISSED") == 3
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    without = result()
+    del without["fuse"]["rsplice cold"]
+    del without["fuse"]["rsplice warm"]
+    assert [t.met for t in performance_report.targets(without)] == [None, None, None, True, True]
+    text = performance_report.markdown(without)
+    assert "| rsplice |" not in text
+    assert "- passthrough: needs root" in text
+
+
+def test_the_terminal_shows_medians_within_80_columns() -> None:
+    out = io.StringIO()
+    performance_report.show(Console(file=out, width=80), result())
+    shown = out.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "900" in shown and "needs root" in shown
+
+
+def test_processor_seconds_are_those_of_a_process_and_its_threads() -> None:
+    with process(["sh", "-c", "while :; do :; done"]) as busy:
+        while processor_seconds(busy.pid) < 0.05:
+            pass
+    with process(["sleep", "100"]) as idle:
+        assert processor_seconds(idle.pid) < 0.05
+        assert idle.pid in children(os.getpid())
+
+
+@pytest.fixture(scope="module")
+def fill(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) -> Path:
+    needs("make", "cc")
+    return performance.build_fill(tmp_path_factory.mktemp("fill"))
+
+
+def test_the_driver_fills_and_says_how_much(fill: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    performance.make_file(file, performance.FILL_SIZE)
+    ways = ["read-write", "rsplice", "pieces-batch", "pieces-single", "calls", "memcpy"]
+    done = subprocess.run([fill, file, *ways], capture_output=True, text=True)
+    if done.returncode and "rsplice" in done.stderr:
+        pytest.skip(f"no O_DIRECT where the tests' files lie: {done.stderr.strip()}")
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each["what"] for each in said] == ways
+    assert [each["bytes"] for each in said[:3]] == [performance.FILL_SIZE] * 2 + [2000 * 4096]
+    assert all(each["seconds"] > 0 for each in said)
+
+
+def test_a_way_that_there_is_not_is_refused(fill: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    performance.make_file(file, 1 << 20)
+    with pytest.raises(Unavailable, match="nonsense"):
+        performance.fill_memory(fill, file, "nonsense", {})
