@@ -356,6 +356,33 @@ def test_no_open_is_older_than_a_finished_write(tmp_path: Path) -> None:
         made.finish()
 
 
+def test_no_open_is_older_than_another_beside_it(tmp_path: Path) -> None:
+    """While the kernel drops a large file's old pages for one open, the last for a second one."""
+    size, page = 48 << 20, 4096
+    opened = threading.Barrier(4)
+
+    def last_page(delay: int) -> bytes:
+        opened.wait()
+        time.sleep(delay * 0.0005)
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), page, size - page)
+
+    with served(tmp_path, {"f": bytes(size)}, Options(threads=4)) as made:
+        path = made.mountpoint / "f"
+        with ThreadPoolExecutor(4) as readers:
+            for number in range(1, 13):
+                with open(path, "rb", buffering=0) as file:
+                    while file.read(1 << 20):
+                        pass
+                content = bytes([number]) * page
+                fd = os.open(made.source / "f", os.O_WRONLY)
+                os.pwrite(fd, content, size - page)
+                os.close(fd)
+                time.sleep(SETTLED_S)
+                assert list(readers.map(last_page, range(4))) == [content] * 4
+        made.finish()
+
+
 def test_faults_leak_nothing(tmp_path: Path) -> None:
     """Descriptors of the filesystem, over many connections that are thrown away."""
     content = os.urandom(1 << 16)
@@ -422,31 +449,25 @@ def test_the_files_are_read_only(tmp_path: Path) -> None:
         made.finish()
 
 
-def test_more_files_than_one_answer_lists(tmp_path: Path) -> None:
-    names = {f"{number:03}-" + "n" * 240 for number in range(300)}
-    with served(tmp_path, dict.fromkeys(names, b"")) as made:
-        assert set(os.listdir(made.mountpoint)) == names
-        made.finish()
-
-
 REQUEST, ANSWER, MAGIC = struct.Struct(">IIQQQII"), struct.Struct(">IIQQQQQQII"), 0x72737031
 INVALID, NO_FILE = 2, 1
 
 
+def ask(made: Stage, *fields: int, name: bytes = b"") -> tuple[int, ...]:
+    """The server's answer to a request; () if it hangs up instead."""
+    with socket.create_connection(("127.0.0.1", made.port), timeout=5) as connection:
+        connection.sendall(REQUEST.pack(*fields) + name)
+        data = connection.recv(ANSWER.size, socket.MSG_WAITALL)
+    return ANSWER.unpack(data) if data else ()
+
+
 def test_the_server_refuses_what_is_no_request(tmp_path: Path) -> None:
     with served(tmp_path, {"f": b"content"}) as made:
-
-        def ask(*fields: int, name: bytes = b"") -> tuple[int, ...] | None:
-            with socket.create_connection(("127.0.0.1", made._port), timeout=5) as connection:
-                connection.sendall(REQUEST.pack(*fields) + name)
-                data = connection.recv(ANSWER.size, socket.MSG_WAITALL)
-            return ANSWER.unpack(data) if data else None
-
-        found = ask(MAGIC, 1, 7, 0, 0, 0, 1, name=b"f")
-        assert found and (found[1], found[2], found[5]) == (0, 7, 7)
+        found = ask(made, MAGIC, 1, 7, 0, 0, 0, 1, name=b"f")
+        assert (found[1], found[2], found[5]) == (0, 7, 7)
         file = found[3]
-        assert ask(MAGIC + 1, 2, 7, file, 0, 0, 0) is None
-        assert ask(MAGIC, 1, 7, 0, 0, 0, 1 << 20) is None, "the name is too long"
+        assert not ask(made, MAGIC + 1, 2, 7, file, 0, 0, 0)
+        assert not ask(made, MAGIC, 1, 7, 0, 0, 0, 1 << 20), "the name is too long"
         for request, status in (
             ((9, 7, file, 0, 0, 0), INVALID),
             ((4, 7, file, 0, 1 << 31, 0), INVALID),
@@ -454,12 +475,34 @@ def test_the_server_refuses_what_is_no_request(tmp_path: Path) -> None:
             ((4, 7, file, (1 << 64) - 1, 5, 0), INVALID),
             ((4, 7, file + 1, 0, 5, 0), NO_FILE),
         ):
-            answer = ask(MAGIC, *request)
-            assert answer and (answer[1], answer[8]) == (status, 0)
+            answer = ask(made, MAGIC, *request)
+            assert (answer[1], answer[8]) == (status, 0)
         for name in (b"../mnt", b".", b"..", b""):
-            answer = ask(MAGIC, 1, 7, 0, 0, 0, len(name), name=name)
-            assert answer and answer[1] == NO_FILE
+            assert ask(made, MAGIC, 1, 7, 0, 0, 0, len(name), name=name)[1] == NO_FILE
         assert (made.mountpoint / "f").read_bytes() == b"content"
+        made.finish()
+
+
+def test_a_version_is_told_only_of_what_has_settled(tmp_path: Path) -> None:
+    """Two changes within one tick of a slow clock would look the same."""
+    with served(tmp_path, {"f": b"content"}) as made:
+
+        def version() -> int:
+            return ask(made, MAGIC, 1, 7, 0, 0, 0, 1, name=b"f")[6]
+
+        settled = version()
+        assert settled == version() != 0
+        _overwrite(made.source / "f", b"CONTENT")
+        assert version() == 0
+        time.sleep(SETTLED_S)
+        assert version() not in (0, settled)
+        made.finish()
+
+
+def test_more_files_than_one_answer_lists(tmp_path: Path) -> None:
+    names = {f"{number:03}-" + "n" * 240 for number in range(300)}
+    with served(tmp_path, dict.fromkeys(names, b"")) as made:
+        assert set(os.listdir(made.mountpoint)) == names
         made.finish()
 
 

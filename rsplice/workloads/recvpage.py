@@ -109,7 +109,7 @@ class Stage:
         self.counts = self._shared("struct recvpage_counts *", view[_PAGE:])
         self._stop_filesystem = os.pipe()
         self._stop_server = os.pipe()
-        self._port = 0
+        self.port = 0  #: of the server, with TCP
 
     def _shared(self, kind: str, view: memoryview) -> Any:
         return self._module.ffi.cast(kind, self._module.ffi.from_buffer(view))
@@ -133,12 +133,12 @@ class Stage:
             listener.listen()
             return listener
         try:
-            listener = socket.create_server(("127.0.0.1", self._port))
+            listener = socket.create_server(("127.0.0.1", self.port))
         except OSError as error:
             raise RspliceError(
                 f"no TCP over the loopback: {error}; bring it up with: ip link set lo up"
             ) from error
-        self._port = listener.getsockname()[1]
+        self.port = listener.getsockname()[1]
         return listener
 
     def _serve(self, listener: socket.socket, fault: Fault | None, calls: Calls) -> None:
@@ -176,7 +176,7 @@ class Stage:
         path = ffi.new("char[]", os.fsencode(self._path)) if self._path else ffi.NULL
         mount.mountpoint = mountpoint
         mount.path = path
-        mount.port = self._port
+        mount.port = self.port
         mount.stop = self._stop_filesystem[0]
         mount.copy = self.options.copy
         mount.threads = self.options.threads
@@ -195,6 +195,8 @@ class Stage:
             *("invalidations", "kept", "moved", "shared", "direct", "copied", "unknown", "why"),
         ):
             calls.reported[f"fuse_{name}"] = getattr(counts, name)
+        calls.reported["fuse_control_replies"] = counts.control.operations
+        calls.reported["fuse_control_bytes"] = counts.control.bytes
         # What is received into memory is copied again by the reply.
         written = counts.payload if self.options.copy else 0
         calls.reported["fuse_copy_bytes"] = counts.copied + counts.received.bytes + written
