@@ -72,9 +72,18 @@ static struct fs *fs_of(fuse_req_t req)
 	return fuse_req_userdata(req);
 }
 
-static int path_of(fuse_req_t req, fuse_ino_t nodeid)
+/* O_PATH of an inode, or -1 with errno; to be given back to put_path(). */
+static int get_path(fuse_req_t req, fuse_ino_t nodeid)
 {
-	return fs_inode_of(&fs_of(req)->inodes, nodeid)->fd;
+	struct fs_inodes *inodes = &fs_of(req)->inodes;
+
+	return fs_inode_open(inodes, fs_inode_of(inodes, nodeid));
+}
+
+/* Leaves errno alone. */
+static void put_path(fuse_req_t req, fuse_ino_t nodeid, int path)
+{
+	fs_inode_close(fs_inode_of(&fs_of(req)->inodes, nodeid), path);
 }
 
 /* Names and attributes */
@@ -85,8 +94,11 @@ static int find_entry(fuse_req_t req, fuse_ino_t parent, const char *name,
 {
 	struct fs *fs = fs_of(req);
 	struct fs_inode *inode;
-	int fd = openat(path_of(req, parent), name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	int path = get_path(req, parent), fd = -1;
 
+	if (path >= 0)
+		fd = openat(path, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	put_path(req, parent, path);
 	memset(entry, 0, sizeof(*entry));
 	if (fd < 0)
 		return errno;
@@ -126,9 +138,13 @@ static void fs_forget_multi(fuse_req_t req, size_t nr, struct fuse_forget_data *
 static void fs_getattr(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *info)
 {
 	struct stat attributes;
+	int path = get_path(req, nodeid);
+	bool failed =
+		path < 0 || fstatat(path, "", &attributes, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW);
 
 	(void)info;
-	if (fstatat(path_of(req, nodeid), "", &attributes, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW))
+	put_path(req, nodeid, path);
+	if (failed)
 		fuse_reply_err(req, errno);
 	else
 		fuse_reply_attr(req, &attributes, fs_of(req)->timeout);
@@ -137,8 +153,10 @@ static void fs_getattr(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info 
 static void fs_readlink(fuse_req_t req, fuse_ino_t nodeid)
 {
 	char target[PATH_MAX + 1];
-	ssize_t length = readlinkat(path_of(req, nodeid), "", target, sizeof(target));
+	int path = get_path(req, nodeid);
+	ssize_t length = path < 0 ? -1 : readlinkat(path, "", target, sizeof(target));
 
+	put_path(req, nodeid, path);
 	if (length < 0) {
 		fuse_reply_err(req, errno);
 	} else if (length == sizeof(target)) {
@@ -152,8 +170,11 @@ static void fs_readlink(fuse_req_t req, fuse_ino_t nodeid)
 static void fs_statfs(fuse_req_t req, fuse_ino_t nodeid)
 {
 	struct statvfs status;
+	int path = get_path(req, nodeid);
+	bool failed = path < 0 || fstatvfs(path, &status);
 
-	if (fstatvfs(path_of(req, nodeid), &status))
+	put_path(req, nodeid, path);
+	if (failed)
 		fuse_reply_err(req, errno);
 	else
 		fuse_reply_statfs(req, &status);
@@ -166,21 +187,21 @@ static struct directory *directory_of(const struct fuse_file_info *info)
 	return (struct directory *)(uintptr_t)info->fh;
 }
 
-static struct directory *open_directory(int path)
+/* Takes fd over. NULL with errno. */
+static struct directory *open_directory(int fd)
 {
 	struct directory *directory = calloc(1, sizeof(*directory));
-	int fd = openat(path, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), error = errno;
+	int error = ENOMEM;
 
-	if (directory && fd >= 0) {
+	if (directory) {
 		directory->stream = fdopendir(fd);
 		if (directory->stream)
 			return directory;
 		error = errno;
 	}
-	if (fd >= 0)
-		close(fd);
+	close(fd);
 	free(directory);
-	errno = directory ? error : ENOMEM;
+	errno = error;
 	return NULL;
 }
 
@@ -192,8 +213,13 @@ static void close_directory(struct directory *directory)
 
 static void fs_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *info)
 {
-	struct directory *directory = open_directory(path_of(req, nodeid));
+	int path = get_path(req, nodeid), fd = -1;
+	struct directory *directory;
 
+	if (path >= 0)
+		fd = openat(path, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	put_path(req, nodeid, path);
+	directory = fd < 0 ? NULL : open_directory(fd);
 	if (!directory) {
 		fuse_reply_err(req, errno);
 		return;
@@ -367,13 +393,15 @@ static void fs_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *in
 {
 	struct fs *fs = fs_of(req);
 	struct fs_inode *inode = fs_inode_of(&fs->inodes, nodeid);
-	int fd;
+	int path, fd;
 
 	if ((info->flags & O_ACCMODE) != O_RDONLY) {
 		fuse_reply_err(req, EROFS);
 		return;
 	}
-	fd = open_source(fs, inode->fd);
+	path = get_path(req, nodeid);
+	fd = path < 0 ? -1 : open_source(fs, path);
+	put_path(req, nodeid, path);
 	if (fd < 0) {
 		fuse_reply_err(req, errno);
 		return;
@@ -632,38 +660,42 @@ static bool is_inside(const char *mountpoint, const char *source)
 	return inside;
 }
 
-/* Each name that the kernel knows costs a descriptor. */
-static void raise_limit(void)
+/* How many descriptors there can be: each name that the kernel knows costs one. */
+static size_t raise_limit(void)
 {
 	struct rlimit limit;
 
 	if (getrlimit(RLIMIT_NOFILE, &limit))
-		return;
+		return 0;
 	limit.rlim_cur = limit.rlim_max;
 	setrlimit(RLIMIT_NOFILE, &limit);
+	return limit.rlim_max;
 }
 
-/* O_PATH of the source, or -errno. */
-static int open_root(const struct rsplice_fs_options *options)
+/* Fills in fs->inodes. Returns 0 or -errno. */
+static int open_root(struct fs *fs)
 {
-	int fd, listed;
+	const struct rsplice_fs_options *options = fs->options;
+	int path, mount, error;
 
 	if (is_inside(options->mountpoint, options->source)) {
 		fs_session_explain("%s lies inside %s", options->mountpoint, options->source);
 		return -ELOOP;
 	}
-	fd = open(options->source, O_PATH | O_DIRECTORY | O_CLOEXEC);
-	listed = fd < 0 ? -1 : openat(fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (listed < 0) {
-		int error = errno;
-
-		fs_session_explain("%s: %s", options->source, strerror(error));
-		if (fd >= 0)
-			close(fd);
-		return -error;
-	}
-	close(listed);
-	return fd;
+	path = open(options->source, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	mount = path < 0 ? -1 : openat(path, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	error = -errno;
+	/* Half is left for the files that are open. */
+	if (mount >= 0)
+		error = fs_inodes_create(&fs->inodes, path, mount, raise_limit() / 2);
+	if (!error)
+		return 0;
+	fs_session_explain("%s: %s", options->source, strerror(-error));
+	if (path >= 0)
+		close(path);
+	if (mount >= 0)
+		close(mount);
+	return error;
 }
 
 static int run(struct fs *fs)
@@ -690,21 +722,15 @@ static int run(struct fs *fs)
 int rsplice_fs_run(const struct rsplice_fs_options *options, struct rsplice_fs_counts *counts)
 {
 	struct fs fs = {.options = options, .counts = counts};
-	int fd, error;
+	int error;
 
 	if (options->threads < 1 || options->max_read < PAGE || options->mode < RSPLICE_FS_COPY ||
 	    options->mode > RSPLICE_FS_PASSTHROUGH)
 		return -EINVAL;
 	fs.timeout = options->timeout_ms / 1000.0;
-	raise_limit();
-	fd = open_root(options);
-	if (fd < 0)
-		return fd;
-	error = fs_inodes_create(&fs.inodes, fd);
-	if (error) {
-		close(fd);
+	error = open_root(&fs);
+	if (error)
 		return error;
-	}
 	error = run(&fs);
 	fs_inodes_destroy(&fs.inodes);
 	return error;

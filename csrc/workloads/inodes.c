@@ -15,20 +15,66 @@
 /* Two changes within this time may leave the same timestamps, on the coarsest filesystems. */
 #define SETTLING_SECONDS 2
 
-int fs_inodes_create(struct fs_inodes *inodes, int fd)
+/* For free(); NULL if this file's filesystem and mount have none that can be opened. */
+static struct file_handle *handle_of(const struct fs_inodes *inodes, int fd)
 {
-	*inodes = (struct fs_inodes){.nr_buckets = FIRST_BUCKETS};
+	struct file_handle *handle = malloc(sizeof(*handle) + MAX_HANDLE_SZ);
+	int mount_id;
+
+	if (!handle)
+		return NULL;
+	handle->handle_bytes = MAX_HANDLE_SZ;
+	if (!name_to_handle_at(fd, "", handle, &mount_id, AT_EMPTY_PATH) &&
+	    mount_id == inodes->mount_id)
+		return handle;
+	free(handle);
+	return NULL;
+}
+
+static int open_handle(const struct fs_inodes *inodes, struct file_handle *handle)
+{
+	return open_by_handle_at(inodes->mount, handle, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+}
+
+/* -1 where handles of the root's mount cannot be had, or not be opened (by root alone). */
+static int find_mount_id(const struct fs_inodes *inodes)
+{
+	struct {
+		struct file_handle handle;
+		char room[MAX_HANDLE_SZ];
+	} root = {.handle.handle_bytes = MAX_HANDLE_SZ};
+	int mount_id, fd;
+
+	if (name_to_handle_at(inodes->root.fd, "", &root.handle, &mount_id, AT_EMPTY_PATH))
+		return -1;
+	fd = open_handle(inodes, &root.handle);
+	if (fd < 0)
+		return -1;
+	close(fd);
+	return mount_id;
+}
+
+int fs_inodes_create(struct fs_inodes *inodes, int path, int mount, size_t max_fds)
+{
+	*inodes = (struct fs_inodes){
+		.root = {.fd = path},
+		.nr_buckets = FIRST_BUCKETS,
+		.max_fds = max_fds,
+		.mount = mount,
+	};
 	inodes->buckets = calloc(FIRST_BUCKETS, sizeof(*inodes->buckets));
 	if (!inodes->buckets)
 		return -ENOMEM;
-	inodes->root.fd = fd;
+	inodes->mount_id = find_mount_id(inodes);
 	pthread_mutex_init(&inodes->lock, NULL);
 	return 0;
 }
 
 static void destroy_inode(struct fs_inode *inode)
 {
-	close(inode->fd);
+	if (inode->fd >= 0)
+		close(inode->fd);
+	free(inode->handle);
 	free(inode);
 }
 
@@ -45,6 +91,7 @@ void fs_inodes_destroy(struct fs_inodes *inodes)
 	free(inodes->buckets);
 	pthread_mutex_destroy(&inodes->lock);
 	close(inodes->root.fd);
+	close(inodes->mount);
 }
 
 struct fs_inode *fs_inode_of(struct fs_inodes *inodes, uint64_t nodeid)
@@ -82,16 +129,46 @@ static void grow(struct fs_inodes *inodes)
 	inodes->nr_buckets = bigger.nr_buckets;
 }
 
-static struct fs_inode *find(const struct fs_inodes *inodes, const struct stat *attributes)
+static bool same_handle(const struct file_handle *a, const struct file_handle *b)
+{
+	return a && b && a->handle_type == b->handle_type && a->handle_bytes == b->handle_bytes &&
+	       !memcmp(a->f_handle, b->f_handle, a->handle_bytes);
+}
+
+/*
+ * The inode of fd. A descriptor keeps a file's number from being given to another file; where an
+ * inode has none, the handle tells the two apart.
+ */
+static struct fs_inode *find(const struct fs_inodes *inodes, const struct stat *attributes, int fd)
 {
 	struct fs_inode *inode = *bucket_of(inodes, attributes->st_dev, attributes->st_ino);
+	struct file_handle *handle = NULL;
 
-	while (inode && (inode->dev != attributes->st_dev || inode->ino != attributes->st_ino))
-		inode = inode->next;
+	for (; inode; inode = inode->next) {
+		if (inode->dev != attributes->st_dev || inode->ino != attributes->st_ino)
+			continue;
+		if (!inode->handle)
+			break;
+		if (!handle)
+			handle = handle_of(inodes, fd);
+		if (same_handle(handle, inode->handle))
+			break;
+	}
+	free(handle);
 	return inode;
 }
 
-static struct fs_inode *insert(struct fs_inodes *inodes, const struct stat *attributes, int fd)
+/* True if fd is inode's from then on. */
+static bool keeps_fd(struct fs_inodes *inodes, struct fs_inode *inode, int fd)
+{
+	if (inodes->nr_fds >= inodes->max_fds)
+		inode->handle = handle_of(inodes, fd);
+	inode->fd = inode->handle ? -1 : fd;
+	inodes->nr_fds += !inode->handle;
+	return !inode->handle;
+}
+
+static struct fs_inode *insert(struct fs_inodes *inodes, const struct stat *attributes)
 {
 	struct fs_inode *inode = calloc(1, sizeof(*inode));
 	struct fs_inode **bucket;
@@ -102,11 +179,24 @@ static struct fs_inode *insert(struct fs_inodes *inodes, const struct stat *attr
 		grow(inodes);
 	inode->dev = attributes->st_dev;
 	inode->ino = attributes->st_ino;
-	inode->fd = fd;
 	bucket = bucket_of(inodes, inode->dev, inode->ino);
 	inode->next = *bucket;
 	*bucket = inode;
 	return inode;
+}
+
+int fs_inode_open(const struct fs_inodes *inodes, const struct fs_inode *inode)
+{
+	return inode->handle ? open_handle(inodes, inode->handle) : inode->fd;
+}
+
+void fs_inode_close(const struct fs_inode *inode, int fd)
+{
+	int error = errno;
+
+	if (inode->handle && fd >= 0)
+		close(fd);
+	errno = error;
 }
 
 struct fs_inode *fs_inodes_get(struct fs_inodes *inodes, int fd, struct stat *attributes)
@@ -121,10 +211,11 @@ struct fs_inode *fs_inodes_get(struct fs_inodes *inodes, int fd, struct stat *at
 		return NULL;
 	}
 	pthread_mutex_lock(&inodes->lock);
-	inode = find(inodes, attributes);
+	inode = find(inodes, attributes, fd);
 	if (!inode) {
-		inode = insert(inodes, attributes, fd);
-		fd = inode ? -1 : fd;
+		inode = insert(inodes, attributes);
+		if (inode && keeps_fd(inodes, inode, fd))
+			fd = -1;
 	}
 	if (inode)
 		inode->lookups++;
@@ -144,6 +235,7 @@ static void take_out(struct fs_inodes *inodes, struct fs_inode *inode)
 		link = &(*link)->next;
 	*link = inode->next;
 	inodes->nr--;
+	inodes->nr_fds -= inode->fd >= 0;
 }
 
 void fs_inodes_forget(struct fs_inodes *inodes, uint64_t nodeid, uint64_t count)

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* Files that the kernel knows, each with a descriptor of its path. */
+/*
+ * Files that the kernel knows, each with a descriptor of its path (O_PATH); or, when descriptors
+ * get scarce, with a handle to get one from.
+ */
 #ifndef RSPLICE_WORKLOADS_INODES_H
 #define RSPLICE_WORKLOADS_INODES_H
 
@@ -20,7 +23,8 @@ struct fs_inode {
 	struct fs_inode *next; /* in its bucket */
 	dev_t dev;
 	ino_t ino;
-	int fd;		  /* O_PATH */
+	int fd; /* O_PATH, -1 if there is a handle */
+	struct file_handle *handle;
 	uint64_t lookups; /* that the kernel has not forgotten */
 	struct fs_stamp stamp;
 	int backing;	     /* number of passthrough, 0 for none */
@@ -33,15 +37,28 @@ struct fs_inodes {
 	struct fs_inode **buckets;
 	size_t nr_buckets; /* a power of two */
 	size_t nr;
+	size_t nr_fds;	/* that inodes have */
+	size_t max_fds; /* from which on they have handles */
+	int mount;	/* where handles are looked up: the root, open for reading */
+	int mount_id;	/* -1 where handles cannot be used */
 };
 
-/* Returns 0 or -errno. fd, O_PATH of the root, belongs to inodes from then on. */
-int fs_inodes_create(struct fs_inodes *inodes, int fd);
+/*
+ * Returns 0 or -errno. path (O_PATH) and mount (for reading) of the root belong to inodes from
+ * then on. Of max_fds descriptors some may be used at a time.
+ */
+int fs_inodes_create(struct fs_inodes *inodes, int path, int mount, size_t max_fds);
 
 void fs_inodes_destroy(struct fs_inodes *inodes);
 
 /* The inode of a request. */
 struct fs_inode *fs_inode_of(struct fs_inodes *inodes, uint64_t nodeid);
+
+/* A descriptor of its path, or -1 with errno; to be given back with the next. */
+int fs_inode_open(const struct fs_inodes *inodes, const struct fs_inode *inode);
+
+/* Leaves errno alone. */
+void fs_inode_close(const struct fs_inode *inode, int fd);
 
 /*
  * The inode of fd (O_PATH, which it takes over in any case) with one lookup more, and its

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -136,16 +137,21 @@ int fs_watchdog_start(struct fs_watchdog *watchdog, const char *path)
 {
 	unsigned long before = fs_mount_on(path).id;
 	int server, ends[2], error;
+	sigset_t all, mask;
 
 	if (pipe2(ends, O_CLOEXEC) < 0)
 		return -errno;
 	server = (int)syscall(SYS_pidfd_open, getpid(), 0U);
 	watchdog->path = path;
 	watchdog->pipe = ends[1];
+	/* What comes before the watchdog ignores it must wait until it does. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &mask);
 	watchdog->pid = fork();
 	error = errno;
 	if (watchdog->pid == 0)
 		watch(path, ends[0], server, before);
+	pthread_sigmask(SIG_SETMASK, &mask, NULL);
 	close(ends[0]);
 	if (server >= 0)
 		close(server);
