@@ -915,7 +915,7 @@ static void on_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset
 	if (!data)
 		fuse_reply_err(req, ENOMEM);
 	else if (!fuse_reply_buf(req, data, used))
-		recvpage_count(&fs->counts->control, used);
+		recvpage_count(&fs->counts->control, (ssize_t)used);
 	free(data);
 }
 
