@@ -51,7 +51,8 @@ class Sender:
         self._kind = end_of(connection).kind
         self._poll = select.poll()
         self._poll.register(connection, 0)
-        self._free = [Buffer(memoryview(mmap.mmap(-1, size))) for _ in range(BUFFERS)]
+        self._buffers = [Buffer(memoryview(mmap.mmap(-1, size))) for _ in range(BUFFERS)]
+        self._free = list(self._buffers)
         self._sends = 0
         #: bytes and buffer of the sends that the kernel has not told of, by number
         self._awaited: dict[int, tuple[int, Buffer]] = {}
