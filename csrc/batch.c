@@ -39,7 +39,7 @@ static bool map_place(struct member *member)
 	if (!fills_directly(&call->source) || !member->len || member->len > MOST ||
 	    !is_memory_file(call->fd_out) ||
 	    target_open(&member->target, call, &member->request->off_out) ||
-	    target_map(&member->target, member->len))
+	    target_map(&member->target, 0, member->len))
 		return false;
 	member->span = direct_span(&call->source, member->target.memory, member->len);
 	if (member->span && (member->span == member->len || !wants(call, RSPLICE_F_STRICT)))

@@ -47,6 +47,8 @@ static ssize_t fill_directly(struct source *source, struct own_pipe *pipe, size_
 
 	if (span > room(pipe))
 		span = round_down(room(pipe), source->offset_align);
+	if (span <= head)
+		return -EINVAL; /* not even one block fits */
 	while (filled <= head) {
 		ssize_t got = splice_in(source->direct, &at, pipe, span - filled);
 
@@ -66,20 +68,28 @@ static ssize_t fill_directly(struct source *source, struct own_pipe *pipe, size_
 	return filled - head < len ? (ssize_t)(filled - head) : (ssize_t)len;
 }
 
-/* All of memory into the pipe, whose pages it becomes; bytes or -errno. */
+/*
+ * Memory into the pipe, whose pages it becomes. What the pipe cannot be given is written to it: it
+ * may come from where it cannot be read again. Bytes, or -errno if there are none.
+ */
 static ssize_t give(struct own_pipe *pipe, char *memory, size_t len)
 {
+	bool refused = false;
 	size_t done = 0;
 
 	while (done < len) {
-		struct iovec vector = {memory + done, len - done};
-		ssize_t given =
-			vmsplice(pipe->writer, &vector, 1, SPLICE_F_GIFT | SPLICE_F_NONBLOCK);
+		struct iovec rest = {memory + done, len - done};
+		ssize_t given = refused ? write(pipe->writer, rest.iov_base, rest.iov_len)
+					: vmsplice(pipe->writer, &rest, 1,
+						   SPLICE_F_GIFT | SPLICE_F_NONBLOCK);
 
 		if (given < 0 && errno == EINTR)
 			continue;
-		if (given < 0)
-			return -errno;
+		if (given < 0 && refused)
+			return done ? (ssize_t)done : -errno;
+		refused = given <= 0;
+		if (refused)
+			continue;
 		pipe->queued += (size_t)given;
 		done += (size_t)given;
 	}
@@ -92,8 +102,8 @@ static ssize_t give(struct own_pipe *pipe, char *memory, size_t len)
  */
 static ssize_t fill_by_copy(struct source *source, struct own_pipe *pipe, size_t len)
 {
-	ssize_t got, given;
 	char *memory;
+	ssize_t got;
 
 	if (len > room(pipe))
 		len = room(pipe);
@@ -102,11 +112,8 @@ static ssize_t fill_by_copy(struct source *source, struct own_pipe *pipe, size_t
 		return -errno;
 	madvise(memory, len, MADV_DONTFORK);
 	got = source_read(source, memory, len);
-	if (got > 0) {
-		given = give(pipe, memory, (size_t)got);
-		if (given < 0)
-			got = given;
-	}
+	if (got > 0)
+		got = give(pipe, memory, (size_t)got);
 	munmap(memory, len);
 	return got;
 }

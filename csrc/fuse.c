@@ -24,6 +24,7 @@ struct reply {
 	int fuse_fd;
 	uint64_t unique;
 	struct own_pipe *pipe; /* the payload, and perhaps bytes behind it that nobody asked for */
+	bool aligned;	       /* the payload begins a page in the pipe */
 	size_t payload;	       /* bytes */
 	size_t movable;	       /* bytes of whole pages that only the pipe refers to */
 	size_t copied;	       /* bytes that the CPU has copied or made already */
@@ -44,8 +45,9 @@ static bool moves(const struct source *source)
 
 static void count_filled(struct reply *reply, size_t size, enum rsplice_how how)
 {
-	/* Behind a page that is not whole nothing lies where it has to lie to be moved. */
-	bool aligned = !(reply->payload % RSPLICE_PAGE);
+	const struct source *source = &reply->call->source;
+	/* What does not begin a page, or lies behind one that is not whole, is not moved. */
+	bool aligned = !(reply->payload % RSPLICE_PAGE) && reply->aligned;
 
 	switch (how) {
 	case RSPLICE_HOW_DIRECT:
@@ -60,34 +62,37 @@ static void count_filled(struct reply *reply, size_t size, enum rsplice_how how)
 		break;
 	case RSPLICE_HOW_REFERENCE:
 		/* Who filled a pipe's pages, and who else refers to them, nobody knows. */
-		reply->unknown += reply->call->source.kind == SOURCE_PIPE ? size : 0;
+		reply->unknown += source->kind == SOURCE_PIPE ? size : 0;
 		break;
 	}
 	reply->payload += size;
-	rsplice_probe_fill(reply->call->id, (int64_t)size, how);
 }
 
 static ssize_t fill_some(struct reply *reply, size_t len, enum rsplice_how *how)
 {
 	struct call *call = reply->call;
+	ssize_t got;
 
 	switch (call->source.kind) {
 	case SOURCE_FILE:
 		if (fills_directly(&call->source))
-			break;
+			return fill(call, reply->pipe, len, how);
 		/* fall through */
 	case SOURCE_STREAM:
 		/* Lent to our pipe; the kernel copies once, into the final page. */
 		*how = RSPLICE_HOW_REFERENCE;
-		return fill_by_reference(call, reply->pipe, len);
+		break;
 	case SOURCE_MESSAGES:
 		/* splice(2) copies a message into fresh pages, which can move. */
 		*how = RSPLICE_HOW_COPY;
-		return fill_by_reference(call, reply->pipe, len);
-	default:
 		break;
+	default:
+		return fill(call, reply->pipe, len, how);
 	}
-	return fill(call, reply->pipe, len, how);
+	got = fill_by_reference(call, reply->pipe, len);
+	if (got > 0)
+		rsplice_probe_fill(call->id, got, *how);
+	return got;
 }
 
 /*
@@ -115,34 +120,49 @@ static int gather(struct reply *reply, size_t len)
 	return 0;
 }
 
-static ssize_t move_between(struct own_pipe *from, struct own_pipe *to, size_t size)
+/* Whether bytes that the kernel refuses with the reply can still be given to another call. */
+static bool keeps(const struct source *source)
 {
-	ssize_t done = splice(from->reader, NULL, to->writer, NULL, size, SPLICE_F_NONBLOCK);
-
-	if (done < 0)
-		return -errno;
-	from->queued -= (size_t)done;
-	to->queued += (size_t)done;
-	return done;
+	return source->kind == SOURCE_STREAM;
 }
 
-/* Header and payload into `whole`. -EMSGSIZE: there are not slots enough. */
+/*
+ * The payload into `whole`: moved there, or referred to from both, where pages that are copied
+ * anyway are to survive a reply that is refused. -EMSGSIZE: there are not slots enough.
+ */
+static int add_payload(struct reply *reply, struct own_pipe *whole)
+{
+	struct own_pipe *from = reply->pipe;
+	size_t left = reply->payload;
+
+	if (keeps(&reply->call->source)) {
+		ssize_t done = tee(from->reader, whole->writer, left, SPLICE_F_NONBLOCK);
+
+		whole->queued += done > 0 ? (size_t)done : 0;
+		return done < 0 && errno != EAGAIN ? -errno : (size_t)done == left ? 0 : -EMSGSIZE;
+	}
+	while (left) {
+		ssize_t done =
+			splice(from->reader, NULL, whole->writer, NULL, left, SPLICE_F_NONBLOCK);
+
+		if (done <= 0)
+			return done && errno != EAGAIN ? -errno : -EMSGSIZE;
+		from->queued -= (size_t)done;
+		whole->queued += (size_t)done;
+		left -= (size_t)done;
+	}
+	return 0;
+}
+
 static int assemble(struct reply *reply, struct own_pipe *whole)
 {
 	struct fuse_out_header header = header_of(reply, reply->payload);
 	ssize_t done = write(whole->writer, &header, HEADER_SIZE);
-	size_t left = reply->payload;
 
 	if (done != (ssize_t)HEADER_SIZE)
 		return done < 0 ? -errno : -EIO;
 	whole->queued = HEADER_SIZE;
-	while (left) {
-		done = move_between(reply->pipe, whole, left);
-		if (done <= 0)
-			return done == -EAGAIN ? -EMSGSIZE : (int)(done ? done : -EIO);
-		left -= (size_t)done;
-	}
-	return 0;
+	return add_payload(reply, whole);
 }
 
 static void count_reply(const struct reply *reply)
@@ -172,6 +192,8 @@ static ssize_t publish(const struct reply *reply, struct own_pipe *whole)
 	if ((size_t)done != size)
 		return -EIO;
 	whole->queued = 0;
+	if (keeps(&reply->call->source))
+		own_pipe_drop(reply->pipe, reply->payload);
 	count_reply(reply);
 	return (ssize_t)reply->payload;
 }
@@ -267,15 +289,23 @@ static ssize_t go_through_memory(struct reply *reply, struct own_pipe *first, si
 		got = read_on(call, memory, &have, len);
 		if (!got && have < len && wants(call, RSPLICE_F_EXACT))
 			got = -EIO;
-		if (got)
+		if (!got)
+			got = write_reply(reply, memory, have);
+		if (got < 0)
 			put_back(reply, memory, have);
 	}
-	if (!got)
-		got = write_reply(reply, memory, have);
 	if (got > 0)
 		count_copied(call, (size_t)got, why);
 	munmap(memory, len);
 	return got;
+}
+
+/* What did not fit into `whole` behind the header, with what did. */
+static ssize_t go_through_memory_again(struct reply *reply, struct own_pipe *whole)
+{
+	int error = own_pipe_drop(whole, keeps(&reply->call->source) ? whole->queued : HEADER_SIZE);
+
+	return error ? error : go_through_memory(reply, whole, reply->payload, RSPLICE_WHY_SLOTS);
 }
 
 /* RSPLICE_F_STRICT: only a file's whole pages move for certain. */
@@ -302,13 +332,11 @@ static ssize_t send_gathered(struct reply *reply, size_t len)
 	if (!whole)
 		return -errno;
 	error = assemble(reply, whole);
-	if (error == -EMSGSIZE) {
-		error = own_pipe_drop(whole, HEADER_SIZE);
-		done = error ? error
-			     : go_through_memory(reply, whole, reply->payload, RSPLICE_WHY_SLOTS);
-	} else {
-		done = error ? error : publish(reply, whole);
-	}
+	done = error;
+	if (error == -EMSGSIZE)
+		done = go_through_memory_again(reply, whole);
+	else if (!error)
+		done = publish(reply, whole);
 	own_pipe_put(whole);
 	return done;
 }
@@ -319,6 +347,7 @@ static ssize_t answer(struct reply *reply, size_t len)
 	size_t wanted = source_left(source, len);
 	int error;
 
+	reply->aligned = !fills_directly(source) || !(source->offset % source->offset_align);
 	if (!wanted)
 		return send_gathered(reply, len);
 	reply->pipe = carry_take(source);

@@ -114,7 +114,8 @@ HIDDEN ssize_t into_memory(struct call *call, int64_t *off_out, size_t len);
 struct target {
 	int fd;
 	int64_t offset; /* bytes, of the next byte */
-	int64_t size;	/* of the file when the call began */
+	int64_t size;	/* of the file before it grew for this call */
+	int64_t grown;	/* what it grew to, 0 if it did not */
 	size_t unit;	/* bytes of a page of this file: 4096, or a huge page's size */
 	bool positioned;
 	char *map;
@@ -123,8 +124,8 @@ struct target {
 };
 
 HIDDEN int target_open(struct target *target, const struct call *call, const int64_t *offset);
-/* Makes room for len bytes at the offset and maps it. */
-HIDDEN int target_map(struct target *target, size_t len);
+/* Makes room for len bytes, done bytes behind the offset, and maps them. */
+HIDDEN int target_map(struct target *target, size_t done, size_t len);
 HIDDEN void target_unmap(struct target *target);
 /* Takes back what target_map() added to the file behind the done bytes that were filled. */
 HIDDEN void target_shrink(const struct target *target, size_t done);

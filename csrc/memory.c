@@ -27,7 +27,6 @@ bool is_memory_file(int fd)
 		return false;
 	switch ((unsigned long)filesystem.f_type) {
 	case TMPFS_MAGIC:
-	case RAMFS_MAGIC:
 	case HUGETLBFS_MAGIC:
 		return true;
 	}
@@ -56,34 +55,44 @@ int target_open(struct target *target, const struct call *call, const int64_t *o
 	return target->offset < 0 ? -errno : 0;
 }
 
-/* Room for size bytes at the target's offset: allocated now, so that a full disk is told now. */
-static int grow(const struct target *target, size_t size)
+/* Room for size bytes at the offset: allocated now, so that a full disk is told now. */
+static int grow(struct target *target, int64_t offset, size_t size)
 {
-	int64_t start = (int64_t)round_down((uint64_t)target->offset, target->unit);
-	int64_t end = target->offset + (int64_t)size;
+	int64_t start = (int64_t)round_down((uint64_t)offset, target->unit);
+	int64_t end = offset + (int64_t)size;
+	struct stat status;
 
-	if (end < target->offset)
+	if (end < offset)
 		return -EFBIG;
 	if (target->unit > RSPLICE_PAGE)
 		end = (int64_t)round_up((uint64_t)end, target->unit);
+	if (fstat(target->fd, &status))
+		return -errno;
 	while (fallocate(target->fd, 0, start, end - start)) {
 		if (errno != EINTR)
 			return -errno;
+	}
+	if (status.st_size < end) {
+		/* What the file had until now is not ours to take back. */
+		if (status.st_size != target->grown)
+			target->size = status.st_size;
+		target->grown = end;
 	}
 	return 0;
 }
 
 void target_shrink(const struct target *target, size_t done)
 {
-	int64_t end = target->offset + (int64_t)done;
+	int64_t end = done ? target->offset + (int64_t)done : 0;
 	struct stat status;
 
-	if (!done)
-		end = 0;
 	if (end < target->size)
 		end = target->size;
-	end = (int64_t)round_up((uint64_t)end, target->unit > RSPLICE_PAGE ? target->unit : 1);
-	if (!fstat(target->fd, &status) && status.st_size > end && ftruncate(target->fd, end))
+	if (target->unit > RSPLICE_PAGE)
+		end = (int64_t)round_up((uint64_t)end, target->unit);
+	/* Only what we grew it to: behind that others have filled it meanwhile. */
+	if (!fstat(target->fd, &status) && status.st_size == target->grown && end < target->grown &&
+	    ftruncate(target->fd, end))
 		return; /* sealed meanwhile: the zeros stay */
 }
 
@@ -252,11 +261,12 @@ static size_t available(const struct source *source, size_t len)
 	return (size_t)ready < len ? (size_t)ready : len;
 }
 
-int target_map(struct target *target, size_t len)
+int target_map(struct target *target, size_t done, size_t len)
 {
-	int64_t base = (int64_t)round_down((uint64_t)target->offset, target->unit);
-	size_t head = (size_t)(target->offset - base);
-	int error = grow(target, len);
+	int64_t offset = target->offset + (int64_t)done;
+	int64_t base = (int64_t)round_down((uint64_t)offset, target->unit);
+	size_t head = (size_t)(offset - base);
+	int error = grow(target, offset, len);
 
 	if (error)
 		return error;
@@ -274,10 +284,10 @@ void target_unmap(struct target *target)
 	munmap(target->map, target->span);
 }
 
-static ssize_t map_and_fill(struct call *call, struct target *target, size_t len)
+static ssize_t map_and_fill(struct call *call, struct target *target, size_t done, size_t len)
 {
 	ssize_t got;
-	int error = target_map(target, len);
+	int error = target_map(target, done, len);
 
 	if (error)
 		return error;
@@ -298,7 +308,6 @@ static ssize_t copy_carried(struct call *call, struct target *target, struct own
 		done = -errno;
 	if (done > 0) {
 		pipe->queued -= (size_t)done;
-		rsplice_probe_fill(call->id, done, pipe->how);
 		count_copied(call, (size_t)done, RSPLICE_WHY_PIPE);
 	}
 	carry_put(&call->source, pipe);
@@ -320,10 +329,7 @@ static ssize_t fill_target(struct call *call, struct target *target, size_t len)
 		return error;
 	len = available(source, len);
 	while (done < len) {
-		struct target here = *target;
-
-		here.offset += (int64_t)done;
-		got = map_and_fill(call, &here, len - done < WINDOW ? len - done : WINDOW);
+		got = map_and_fill(call, target, done, len - done < WINDOW ? len - done : WINDOW);
 		if (got <= 0)
 			break;
 		done += (size_t)got;

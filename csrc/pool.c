@@ -105,9 +105,14 @@ struct own_pipe *own_pipe_get(unsigned int slots)
 	unlock_pool();
 	if (!pipe)
 		pipe = create();
-	if (pipe)
-		resize(pipe, slots < DEFAULT_SLOTS ? DEFAULT_SLOTS : slots);
-	return pipe;
+	if (!pipe)
+		return NULL;
+	resize(pipe, slots < DEFAULT_SLOTS ? DEFAULT_SLOTS : slots);
+	if (pipe->slots)
+		return pipe;
+	destroy(pipe);
+	errno = ENOMEM;
+	return NULL;
 }
 
 void own_pipe_put(struct own_pipe *pipe)

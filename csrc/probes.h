@@ -26,7 +26,11 @@ enum rsplice_how {
 	RSPLICE_HOW_UNKNOWN = 4,   /* O_DIRECT of a filesystem that may copy all the same */
 };
 
-/* The call number id has reserved room for len bytes. */
+/*
+ * The call number id has reserved room for len bytes. On every way out, and in the same thread,
+ * rsplice_probe_publish() follows, or rsplice_probe_abort() of all len bytes: what the thread does
+ * in between is taken for the call's own.
+ */
 static inline void rsplice_probe_reserve(int64_t id, int64_t fd_in, int64_t fd_out, int64_t len)
 {
 #ifdef STAP_PROBE4

@@ -118,6 +118,44 @@ static unsigned int splice_flags(const struct call *call)
 	       (wants(call, RSPLICE_F_MORE) ? SPLICE_F_MORE : 0);
 }
 
+/* timeout: milliseconds, -1 for ever. */
+static int wait_for_room(const struct call *call, int timeout)
+{
+	struct pollfd poll_fd = {.fd = call->fd_out, .events = POLLOUT};
+	int ready = poll(&poll_fd, 1, timeout);
+
+	if (ready < 0)
+		return -errno;
+	return ready ? 0 : -EAGAIN;
+}
+
+static bool may_wait(const struct call *call)
+{
+	int mode = fcntl(call->fd_out, F_GETFL);
+
+	return !wants(call, RSPLICE_F_NONBLOCK) && mode >= 0 && !(mode & O_NONBLOCK);
+}
+
+/* splice(2) out of a private pipe, which never waits there, for the pipe is O_NONBLOCK. */
+static ssize_t publish_once(struct call *call, struct own_pipe *pipe, size_t size)
+{
+	for (;;) {
+		ssize_t taken =
+			splice(pipe->reader, NULL, call->fd_out, NULL, size, splice_flags(call));
+		int error = taken ? errno : EAGAIN;
+
+		if (taken > 0) {
+			pipe->queued -= (size_t)taken;
+			return taken;
+		}
+		if (error != EAGAIN || !may_wait(call))
+			return -error;
+		error = wait_for_room(call, -1);
+		if (error)
+			return error;
+	}
+}
+
 /*
  * Hands over size queued bytes: to a pipe what fits now, at least one byte, since nobody may be
  * there to empty it while we wait; to a socket all, as send(2) does. Bytes, or -errno if none.
@@ -128,15 +166,10 @@ static ssize_t publish(struct call *call, struct own_pipe *pipe, size_t size,
 	size_t done = 0;
 
 	while (done < size) {
-		ssize_t taken = splice(pipe->reader, NULL, call->fd_out, NULL, size - done,
-				       splice_flags(call));
+		ssize_t taken = publish_once(call, pipe, size - done);
 
-		if (taken <= 0) {
-			int error = taken ? errno : EAGAIN;
-
-			return done ? (ssize_t)done : -error;
-		}
-		pipe->queued -= (size_t)taken;
+		if (taken < 0)
+			return done ? (ssize_t)done : taken;
 		done += (size_t)taken;
 		if (consumer == CONSUMER_PIPE)
 			break;
@@ -151,7 +184,8 @@ static size_t reserve(const struct call *call, size_t len, enum consumer consume
 
 	if (len > MOST_AT_ONCE)
 		len = MOST_AT_ONCE;
-	if (consumer != CONSUMER_PIPE)
+	/* What of a message is not taken is lost. */
+	if (consumer != CONSUMER_PIPE || call->source.kind == SOURCE_MESSAGES)
 		return len;
 	size = fcntl(call->fd_out, F_GETPIPE_SZ);
 	if (size <= 0)
@@ -160,16 +194,6 @@ static size_t reserve(const struct call *call, size_t len, enum consumer consume
 	if (!ioctl(call->fd_out, FIONREAD, &queued) && queued >= 0 && queued < size)
 		size -= queued;
 	return len < (size_t)size ? len : (size_t)size;
-}
-
-static int wait_for_room(const struct call *call)
-{
-	struct pollfd poll_fd = {.fd = call->fd_out, .events = POLLOUT};
-	int ready = poll(&poll_fd, 1, 0);
-
-	if (ready < 0)
-		return -errno;
-	return ready ? 0 : -EAGAIN;
 }
 
 /*
@@ -223,10 +247,8 @@ static ssize_t deliver_carried(struct call *call, struct own_pipe *pipe, size_t 
 
 	if (!refused)
 		done = publish(call, pipe, len < pipe->queued ? len : pipe->queued, consumer);
-	if (done > 0) {
-		rsplice_probe_fill(call->id, done, pipe->how);
+	if (done > 0)
 		count_published(call, (size_t)done, pipe->how);
-	}
 	carry_put(&call->source, pipe);
 	return done;
 }
@@ -272,7 +294,7 @@ static int wait_for_both(const struct call *call)
 	/* A pipe's splice(2) waits by itself. */
 	if (source_seekable(&call->source) || call->source.kind == SOURCE_PIPE)
 		return 0;
-	error = nonblock ? wait_for_room(call) : 0;
+	error = nonblock ? wait_for_room(call, 0) : 0;
 	return error ? error : source_wait(&call->source, nonblock);
 }
 
@@ -336,8 +358,10 @@ static bool would_copy(const struct call *call, size_t len, enum consumer consum
 
 	switch (source->kind) {
 	case SOURCE_FILE:
-		if (!fills_directly(source) || !source->certain)
+		if (!fills_directly(source))
 			return !(wants(call, RSPLICE_F_SHARE) && consumer != CONSUMER_MEMORY);
+		if (!source->certain)
+			return true;
 		aligned = !(source->offset % source->offset_align) &&
 			  !(source_left(source, len) % source->offset_align);
 		return consumer == CONSUMER_MEMORY && !aligned;

@@ -57,7 +57,8 @@ ssize_t rsplice(int fd_in, int64_t *off_in, int fd_out, int64_t *off_out, size_t
 /*
  * Answers the FUSE READ request number unique, which came from fuse_fd (/dev/fuse), with up to
  * len bytes of fd_in. Returns the bytes of payload in the reply, which may be short only at end
- * of file, or -1 with errno; then no reply was sent, except after ENOENT (the request is gone).
+ * of file, or -1 with errno; then no reply was sent, unless the kernel refused it: the request is
+ * gone (ENOENT), or was ended with EIO.
  */
 ssize_t rsplice_fuse_reply(int fuse_fd, uint64_t unique, int fd_in, int64_t *off_in, size_t len,
 			   unsigned int flags, struct rsplice_result *result);
@@ -75,7 +76,7 @@ struct rsplice_request {
 
 /*
  * Carries out nr requests, in any order, files into memfds side by side through io_uring where
- * the kernel has it. Returns how many of them did not fail, or -1 with errno if none was tried.
+ * the kernel has it. Returns how many of them did not fail, or -1 with EINVAL if requests is NULL.
  */
 int rsplice_batch(struct rsplice_request *requests, unsigned int nr, unsigned int flags);
 

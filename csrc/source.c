@@ -146,11 +146,17 @@ static void open_direct(struct source *source, const struct statx *status, bool 
 	source->direct = is_direct ? source->fd : reopen(source->fd, O_DIRECT);
 }
 
+/* Through /proc even an O_PATH descriptor would be, which read(2) refuses. */
+static bool readable(int mode)
+{
+	return mode >= 0 && !(mode & O_PATH) && (mode & O_ACCMODE) != O_WRONLY;
+}
+
 static int open_file(struct source *source, const struct statx *status, const int64_t *offset)
 {
 	int mode = fcntl(source->fd, F_GETFL);
 
-	if (mode < 0 || (mode & O_ACCMODE) == O_WRONLY)
+	if (!readable(mode))
 		return -EBADF;
 	if (S_ISREG(status->stx_mode)) {
 		source->sized = true;
@@ -189,9 +195,7 @@ static int open_socket(struct source *source, const int64_t *offset)
 
 static int open_unseekable(struct source *source, enum source_kind kind, const int64_t *offset)
 {
-	int mode = fcntl(source->fd, F_GETFL);
-
-	if (mode < 0 || (mode & O_ACCMODE) == O_WRONLY)
+	if (!readable(fcntl(source->fd, F_GETFL)))
 		return -EBADF;
 	if (offset)
 		return -ESPIPE;
@@ -220,6 +224,8 @@ int source_open(struct source *source, int fd, const int64_t *offset)
 		return open_unseekable(source, SOURCE_PIPE, offset);
 	case S_IFCHR:
 		/* An offset means nothing to these. */
+		if (offset && *offset < 0)
+			return -EINVAL;
 		return status.stx_rdev_major == MEM_MAJOR
 			       ? open_unseekable(source, SOURCE_GENERATED, NULL)
 			       : -EINVAL;
