@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from rsplice.workloads import gift, memfd, mixed, relay, serve, tee
+from rsplice.workloads import fuse, gift, memfd, mixed, recvpage, relay, serve, tee
 from rsplice.workloads.core import Workload
 
 WORKLOADS: dict[str, Workload] = {
-    module.WORKLOAD.name: module.WORKLOAD for module in (mixed, relay, serve, gift, tee, memfd)
+    module.WORKLOAD.name: module.WORKLOAD
+    for module in (mixed, relay, serve, gift, tee, memfd, fuse, recvpage)
 }
