@@ -106,7 +106,13 @@ static int gather(struct reply *reply, size_t len)
 	while (reply->payload < len) {
 		enum rsplice_how how = RSPLICE_HOW_COPY;
 		int error = source_wait(source, wants(reply->call, RSPLICE_F_NONBLOCK));
-		ssize_t got = error ? error : fill_some(reply, len - reply->payload, &how);
+		ssize_t got;
+
+		/* A file cut short: the rest of its block cannot be read behind what there is. */
+		if (reply->payload && fills_directly(source) &&
+		    source->offset % source->offset_align)
+			return -EMSGSIZE;
+		got = error ? error : fill_some(reply, len - reply->payload, &how);
 
 		if (got == -EAGAIN && !error)
 			return -EMSGSIZE; /* there was something to read: so it is the slots */
@@ -233,6 +239,8 @@ static int read_on(struct call *call, char *memory, size_t *have, size_t len)
 		int error = source_wait(source, wants(call, RSPLICE_F_NONBLOCK));
 		ssize_t got = error ? error : source_read(source, memory + *have, len - *have);
 
+		if (got == -EAGAIN && !error)
+			continue; /* another thread was quicker */
 		if (got <= 0)
 			return (int)got;
 		*have += (size_t)got;
@@ -332,11 +340,10 @@ static ssize_t send_gathered(struct reply *reply, size_t len)
 	if (!whole)
 		return -errno;
 	error = assemble(reply, whole);
-	done = error;
-	if (error == -EMSGSIZE)
-		done = go_through_memory_again(reply, whole);
-	else if (!error)
+	if (!error)
 		done = publish(reply, whole);
+	else
+		done = whole->queued ? go_through_memory_again(reply, whole) : error;
 	own_pipe_put(whole);
 	return done;
 }

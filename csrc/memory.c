@@ -59,13 +59,15 @@ int target_open(struct target *target, const struct call *call, const int64_t *o
 static int grow(struct target *target, int64_t offset, size_t size)
 {
 	int64_t start = (int64_t)round_down((uint64_t)offset, target->unit);
-	int64_t end = offset + (int64_t)size;
+	uint64_t need = (uint64_t)offset + size;
 	struct stat status;
+	int64_t end;
 
-	if (end < offset)
-		return -EFBIG;
 	if (target->unit > RSPLICE_PAGE)
-		end = (int64_t)round_up((uint64_t)end, target->unit);
+		need = round_up(need, target->unit);
+	if (need > INT64_MAX)
+		return -EFBIG;
+	end = (int64_t)need;
 	if (fstat(target->fd, &status))
 		return -errno;
 	while (fallocate(target->fd, 0, start, end - start)) {
@@ -273,8 +275,11 @@ int target_map(struct target *target, size_t done, size_t len)
 	target->span = round_up(head + len, target->unit);
 	target->map =
 		mmap(NULL, target->span, PROT_READ | PROT_WRITE, MAP_SHARED, target->fd, base);
-	if (target->map == MAP_FAILED)
-		return -errno;
+	if (target->map == MAP_FAILED) {
+		error = -errno;
+		target_shrink(target, done);
+		return error;
+	}
 	target->memory = target->map + head;
 	return 0;
 }
@@ -300,12 +305,22 @@ static ssize_t map_and_fill(struct call *call, struct target *target, size_t don
 static ssize_t copy_carried(struct call *call, struct target *target, struct own_pipe *pipe,
 			    size_t len)
 {
-	int64_t at = target->offset;
-	ssize_t done = splice(pipe->reader, NULL, target->fd, &at,
-			      len < pipe->queued ? len : pipe->queued, SPLICE_F_NONBLOCK);
+	ssize_t done;
+	int error;
 
-	if (done < 0)
-		done = -errno;
+	if (len > pipe->queued)
+		len = pipe->queued;
+	error = target_map(target, 0, len);
+	if (error) {
+		done = error;
+	} else {
+		done = read(pipe->reader, target->memory, len);
+		if (done < 0)
+			done = -errno;
+		target_unmap(target);
+		if (done < (ssize_t)len)
+			target_shrink(target, done > 0 ? (size_t)done : 0);
+	}
 	if (done > 0) {
 		pipe->queued -= (size_t)done;
 		count_copied(call, (size_t)done, RSPLICE_WHY_PIPE);

@@ -136,8 +136,12 @@ static bool may_wait(const struct call *call)
 	return !wants(call, RSPLICE_F_NONBLOCK) && mode >= 0 && !(mode & O_NONBLOCK);
 }
 
-/* splice(2) out of a private pipe, which never waits there, for the pipe is O_NONBLOCK. */
-static ssize_t publish_once(struct call *call, struct own_pipe *pipe, size_t size)
+/*
+ * splice(2) out of a private pipe, which never waits for room in another, for it is O_NONBLOCK. A
+ * socket has waited, if it may, and EAGAIN is its SO_SNDTIMEO.
+ */
+static ssize_t publish_once(struct call *call, struct own_pipe *pipe, size_t size,
+			    enum consumer consumer)
 {
 	for (;;) {
 		ssize_t taken =
@@ -148,7 +152,7 @@ static ssize_t publish_once(struct call *call, struct own_pipe *pipe, size_t siz
 			pipe->queued -= (size_t)taken;
 			return taken;
 		}
-		if (error != EAGAIN || !may_wait(call))
+		if (error != EAGAIN || consumer != CONSUMER_PIPE || !may_wait(call))
 			return -error;
 		error = wait_for_room(call, -1);
 		if (error)
@@ -166,12 +170,14 @@ static ssize_t publish(struct call *call, struct own_pipe *pipe, size_t size,
 	size_t done = 0;
 
 	while (done < size) {
-		ssize_t taken = publish_once(call, pipe, size - done);
+		size_t offered = size - done;
+		ssize_t taken = publish_once(call, pipe, offered, consumer);
 
 		if (taken < 0)
 			return done ? (ssize_t)done : taken;
 		done += (size_t)taken;
-		if (consumer == CONSUMER_PIPE)
+		/* A socket that takes a part was interrupted, or may not wait. */
+		if (consumer == CONSUMER_PIPE || (size_t)taken < offered)
 			break;
 	}
 	return (ssize_t)done;
@@ -271,7 +277,7 @@ static ssize_t round_trip(struct call *call, size_t len, enum consumer consumer)
 			got = fill(call, pipe, len, &how);
 		else
 			break;
-	} while (got == -EAGAIN); /* another thread was quicker */
+	} while (got == -EAGAIN && !source_seekable(&call->source)); /* another was quicker */
 	done = got > 0 ? publish(call, pipe, (size_t)got, consumer) : got;
 	if (done > 0)
 		count_published(call, (size_t)done, how);

@@ -537,7 +537,13 @@ def test_it_is_read_only(tmp_path: Path, mode: str) -> None:
 @needs_fuse
 @needs_strace
 @pytest.mark.parametrize(
-    ("mode", "calls"), [("copy", "pread64"), ("splice", "splice,pread64"), ("rsplice", "splice")]
+    ("mode", "calls"),
+    [
+        ("copy", "pread64"),
+        ("direct", "pread64"),
+        ("splice", "splice,pread64"),
+        ("rsplice", "splice"),
+    ],
 )
 def test_errors_of_the_source_reach_the_reader(tmp_path: Path, mode: str, calls: str) -> None:
     with shown(tmp_path, mode, threads=1) as at:
@@ -846,7 +852,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--mount", "/"], "serve has no --mount"),
         (["fuse", "--source", "/", "--mount", "/mnt", "--count", "3"], "--count means nothing"),
         (["fuse", "--source", "/", "--mount", "/mnt", "--size", "3"], "--size means nothing"),
-        (["fuse", "--mode", "x"], "its modes: copy, splice, rsplice, passthrough"),
+        (["fuse", "--mode", "x"], "its modes: copy, direct, splice, rsplice, passthrough"),
     ],
 )
 def test_bad_options_are_one_line(args: list[str], message: str) -> None:

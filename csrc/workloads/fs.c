@@ -36,7 +36,7 @@ struct fs {
 
 /* What a thread answers READs with. */
 struct lane {
-	char *buffer; /* of max_read bytes */
+	char *buffer; /* of max_read bytes and two pages, page-aligned */
 	int pipe[2];
 };
 
@@ -340,14 +340,14 @@ static void fs_readdirplus(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t
 
 /* Files */
 
-/* For reading, O_DIRECT where rsplice is to fill pages from it and the filesystem lets us. */
+/* For reading, with O_DIRECT where the mode asks for it and the filesystem lets us. */
 static int open_source(const struct fs *fs, int path)
 {
 	char name[32];
 	int fd = -1;
 
 	snprintf(name, sizeof(name), "/proc/self/fd/%d", path);
-	if (fs->options->mode == RSPLICE_FS_RSPLICE)
+	if (fs->options->mode == RSPLICE_FS_RSPLICE || fs->options->mode == RSPLICE_FS_DIRECT)
 		fd = open(name, O_RDONLY | O_DIRECT | O_CLOEXEC);
 	return fd >= 0 ? fd : open(name, O_RDONLY | O_CLOEXEC);
 }
@@ -458,7 +458,7 @@ static struct lane *lane_of(struct fs *fs)
 	if (!lane)
 		return NULL;
 	lane->pipe[0] = -1;
-	if (posix_memalign((void **)&lane->buffer, PAGE, fs->options->max_read) == 0 &&
+	if (posix_memalign((void **)&lane->buffer, PAGE, fs->options->max_read + 2 * PAGE) == 0 &&
 	    pthread_setspecific(fs->lane, lane) == 0)
 		return lane;
 	destroy_lane(lane);
@@ -502,6 +502,30 @@ static ssize_t read_copy(struct fs *fs, int fuse_fd, const struct fs_read *read)
 		return n;
 	count_call(&fs->counts->written, &fs->counts->written_bytes, (ssize_t)done);
 	return (ssize_t)done;
+}
+
+/* What is not aligned is read with what lies around it: O_DIRECT takes whole blocks alone. */
+static ssize_t read_direct(struct fs *fs, int fuse_fd, const struct fs_read *read)
+{
+	const struct lane *lane = lane_of(fs);
+	size_t head = read->offset % PAGE, size;
+	ssize_t n;
+
+	if (!lane)
+		return -ENOMEM;
+	size = (head + read->size + PAGE - 1) / PAGE * PAGE;
+	n = pread((int)read->fh, lane->buffer, size, (off_t)(read->offset - head));
+	if (n < 0)
+		return -errno;
+	count_call(&fs->counts->preads, &fs->counts->pread_bytes, n);
+	size = (size_t)n > head ? (size_t)n - head : 0;
+	if (size > read->size)
+		size = read->size;
+	n = fs_reply_data(fuse_fd, read->unique, lane->buffer + head, size);
+	if (n < 0)
+		return n;
+	count_call(&fs->counts->written, &fs->counts->written_bytes, (ssize_t)size);
+	return (ssize_t)size;
 }
 
 /* Bytes of a READ that the file has, by its size now; or -errno. */
@@ -617,6 +641,8 @@ static void fs_read(void *user, int fuse_fd, const struct fs_read *read)
 		result = read_rsplice(fs, fuse_fd, read);
 	else if (fs->options->mode == RSPLICE_FS_SPLICE)
 		result = read_splice(fs, fuse_fd, read);
+	else if (fs->options->mode == RSPLICE_FS_DIRECT)
+		result = read_direct(fs, fuse_fd, read);
 	else
 		result = read_copy(fs, fuse_fd, read);
 	end_read(fs, fuse_fd, read, result);

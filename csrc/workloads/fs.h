@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* A read-only filesystem that shows a directory, and four ways to answer its READs. */
+/* A read-only filesystem that shows a directory, and the ways to answer its READs. */
 #ifndef RSPLICE_WORKLOADS_FS_H
 #define RSPLICE_WORKLOADS_FS_H
 
@@ -8,6 +8,7 @@
 /* cdef begin */
 enum rsplice_fs_mode {
 	RSPLICE_FS_COPY,	/* pread(2) into memory, writev(2) */
+	RSPLICE_FS_DIRECT,	/* the same with O_DIRECT at the source */
 	RSPLICE_FS_SPLICE,	/* page cache -> pipe -> /dev/fuse */
 	RSPLICE_FS_RSPLICE,	/* rsplice_fuse_reply() */
 	RSPLICE_FS_PASSTHROUGH, /* the kernel reads by itself: Linux 6.9, root */
@@ -29,7 +30,8 @@ struct rsplice_fs_counts {
 	uint64_t replies; /* READs answered with data or the end of the file */
 	uint64_t failed;  /* READs answered with an errno */
 	uint64_t bytes;	  /* of the files, in all replies */
-	/* mode copy, and where a pipe does not do: pread(2), and replies out of memory */
+	/* modes copy and direct, and where a pipe does not do: pread(2), and replies out of memory
+	 */
 	uint64_t preads;
 	uint64_t pread_bytes;
 	uint64_t written;

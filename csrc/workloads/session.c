@@ -447,6 +447,11 @@ static int start_workers(void)
 	if (!session.workers)
 		return -ENOMEM;
 	sigfillset(&all);
+	/* A crash is to be told where it happens. */
+	sigdelset(&all, SIGSEGV);
+	sigdelset(&all, SIGBUS);
+	sigdelset(&all, SIGILL);
+	sigdelset(&all, SIGFPE);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
 	while (!error && session.running < session.options->threads) {
 		struct worker *worker = &session.workers[session.running];

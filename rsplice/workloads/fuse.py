@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""fuse: a directory read through a FUSE filesystem, which answers its READs in one of four ways.
+"""fuse: a directory read through a FUSE filesystem, which answers its READs in one of five ways.
 
-``copy`` reads into memory and writes to the kernel; ``splice`` lends the page cache of the source;
-``rsplice`` has the device fill fresh pages, which become the page cache of the file that is read;
-with ``passthrough`` the kernel reads the source by itself.
+``copy`` reads into memory and writes to the kernel, ``direct`` the same with O_DIRECT; ``splice``
+lends the page cache of the source; ``rsplice`` has the device fill fresh pages, which become the
+page cache of the file that is read; with ``passthrough`` the kernel reads the source by itself.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Server:
     def calls(self) -> Calls:
         """What it did to answer READs."""
         calls, counts = Calls(), self.counts
-        kind = filesystem_of(self._source.resolve())
+        kind = filesystem_of(self._source.resolve(), direct=self._settings[0] == "direct")
         for key, operations, nbytes in (
             (("pread64", kind, MEMORY), counts.preads, counts.pread_bytes),
             (("fuse reply", MEMORY, FUSE_DEVICE), counts.written, counts.written_bytes),
@@ -345,5 +345,5 @@ WORKLOAD = Workload(
     "files of --size read through a FUSE filesystem; or --source shown on --mount",
     run,
     FuseSettings("rsplice", size=16 << 20, count=53, seconds=None, threads=2),
-    modes=("copy", "splice", "rsplice", "passthrough"),
+    modes=("copy", "direct", "splice", "rsplice", "passthrough"),
 )
