@@ -9,16 +9,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-struct carried {
-	uint64_t device;
-	uint64_t inode;
-	struct own_pipe *pipe;
-	struct carried *next;
-};
-
 static struct {
 	pthread_mutex_t lock;
-	struct carried *first;
+	struct own_pipe *first;
 } carry = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static void lock_carry(void)
@@ -36,12 +29,11 @@ static void reset_in_child(void)
 {
 	pthread_mutex_init(&carry.lock, NULL);
 	while (carry.first) {
-		struct carried *each = carry.first;
+		struct own_pipe *each = carry.first;
 
 		carry.first = each->next;
-		close(each->pipe->reader);
-		close(each->pipe->writer);
-		free(each->pipe);
+		close(each->reader);
+		close(each->writer);
 		free(each);
 	}
 }
@@ -51,9 +43,9 @@ __attribute__((constructor)) static void watch_forks(void)
 	pthread_atfork(lock_carry, unlock_carry, reset_in_child);
 }
 
-static struct carried **find(uint64_t device, uint64_t inode)
+static struct own_pipe **find(uint64_t device, uint64_t inode)
 {
-	struct carried **place;
+	struct own_pipe **place;
 
 	for (place = &carry.first; *place; place = &(*place)->next) {
 		if ((*place)->device == device && (*place)->inode == inode)
@@ -64,19 +56,15 @@ static struct carried **find(uint64_t device, uint64_t inode)
 
 static struct own_pipe *take(uint64_t device, uint64_t inode)
 {
-	struct own_pipe *pipe = NULL;
-	struct carried **place, *found;
+	struct own_pipe **place, *found;
 
 	lock_carry();
 	place = find(device, inode);
 	found = *place;
-	if (found) {
-		pipe = found->pipe;
+	if (found)
 		*place = found->next;
-	}
 	unlock_carry();
-	free(found);
-	return pipe;
+	return found;
 }
 
 struct own_pipe *carry_take(const struct source *source)
@@ -86,27 +74,23 @@ struct own_pipe *carry_take(const struct source *source)
 
 void carry_put(const struct source *source, struct own_pipe *pipe)
 {
-	struct carried *entry;
-
 	if (!pipe)
 		return;
 	if (!pipe->queued || source_seekable(source)) {
 		own_pipe_put(pipe);
 		return;
 	}
-	do /* small enough that Linux does not refuse it; losing bytes is no way out */
-		entry = malloc(sizeof(*entry));
-	while (!entry);
-	*entry = (struct carried){source->device, source->inode, pipe, NULL};
+	pipe->device = source->device;
+	pipe->inode = source->inode;
 	lock_carry();
-	entry->next = carry.first;
-	carry.first = entry;
+	pipe->next = carry.first;
+	carry.first = pipe;
 	unlock_carry();
 }
 
 size_t rsplice_pending(int fd_in)
 {
-	struct carried *each;
+	struct own_pipe *each;
 	struct stat status;
 	size_t size = 0;
 
@@ -115,7 +99,7 @@ size_t rsplice_pending(int fd_in)
 	lock_carry();
 	for (each = carry.first; each; each = each->next) {
 		if (each->device == status.st_dev && each->inode == status.st_ino)
-			size += each->pipe->queued;
+			size += each->queued;
 	}
 	unlock_carry();
 	return size;

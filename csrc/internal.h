@@ -20,6 +20,8 @@ struct own_pipe {
 	unsigned int slots;
 	size_t queued;	      /* bytes */
 	enum rsplice_how how; /* they came in, if they are carried over */
+	uint64_t device;      /* and what they came from */
+	uint64_t inode;
 	struct own_pipe *next;
 };
 
@@ -32,12 +34,17 @@ HIDDEN void own_pipe_put(struct own_pipe *pipe);
 /* Throws away the next size bytes. */
 HIDDEN int own_pipe_drop(struct own_pipe *pipe, size_t size);
 
-/* A file whose position a call uses: see source.c. */
+/* A file whose position a call uses. */
 struct held {
 	uint64_t device;
 	uint64_t inode;
+	bool output; /* as where bytes go to */
 	struct held *next;
 };
+
+/* source.c: a call holds one position to read at, and after it one to write at. */
+HIDDEN void position_hold(struct held *held);
+HIDDEN void position_release(struct held *held);
 
 enum source_kind { SOURCE_FILE, SOURCE_GENERATED, SOURCE_STREAM, SOURCE_MESSAGES, SOURCE_PIPE };
 
@@ -79,6 +86,7 @@ struct call {
 	unsigned int flags;
 	size_t len; /* bytes asked for */
 	int64_t id;
+	bool stopped; /* the consumer took less than it was offered */
 	struct rsplice_result result;
 };
 
@@ -113,17 +121,20 @@ HIDDEN ssize_t into_memory(struct call *call, int64_t *off_out, size_t len);
 /* The file that is filled, and the part of it that is mapped. */
 struct target {
 	int fd;
-	int64_t offset; /* bytes, of the next byte */
-	int64_t size;	/* of the file before it grew for this call */
-	int64_t grown;	/* what it grew to, 0 if it did not */
-	size_t unit;	/* bytes of a page of this file: 4096, or a huge page's size */
-	bool positioned;
+	int64_t offset;	 /* bytes, of the next byte */
+	int64_t size;	 /* of the file before it grew for this call */
+	int64_t grown;	 /* what it grew to, 0 if it did not */
+	size_t unit;	 /* bytes of a page of this file: 4096, or a huge page's size */
+	bool positioned; /* the caller gave no offset: the file's own position is held */
+	struct held held;
 	char *map;
 	size_t span;
 	char *memory; /* where offset is mapped */
 };
 
 HIDDEN int target_open(struct target *target, const struct call *call, const int64_t *offset);
+/* Advances the file's own position, if that is what was used, by done bytes. */
+HIDDEN void target_close(struct target *target, ssize_t done);
 /* Makes room for len bytes, done bytes behind the offset, and maps them. */
 HIDDEN int target_map(struct target *target, size_t done, size_t len);
 HIDDEN void target_unmap(struct target *target);

@@ -51,8 +51,30 @@ int target_open(struct target *target, const struct call *call, const int64_t *o
 		target->unit = (size_t)filesystem.f_bsize;
 	target->size = status.st_size;
 	target->positioned = !offset;
-	target->offset = offset ? *offset : lseek(target->fd, 0, SEEK_CUR);
-	return target->offset < 0 ? -errno : 0;
+	if (offset) {
+		target->offset = *offset;
+		return 0;
+	}
+	target->held = (struct held){status.st_dev, status.st_ino, true, NULL};
+	position_hold(&target->held);
+	target->offset = lseek(target->fd, 0, SEEK_CUR);
+	if (target->offset < 0 || fstat(target->fd, &status)) {
+		int error = errno;
+
+		position_release(&target->held);
+		return -error;
+	}
+	target->size = status.st_size; /* as those before left it */
+	return 0;
+}
+
+void target_close(struct target *target, ssize_t done)
+{
+	if (!target->positioned)
+		return;
+	if (done > 0)
+		lseek(target->fd, (off_t)done, SEEK_CUR);
+	position_release(&target->held);
 }
 
 /* Room for size bytes at the offset: allocated now, so that a full disk is told now. */
@@ -329,19 +351,12 @@ static ssize_t copy_carried(struct call *call, struct target *target, struct own
 	return done;
 }
 
-static ssize_t fill_target(struct call *call, struct target *target, size_t len)
+static ssize_t fill_what_is_there(struct call *call, struct target *target, size_t len)
 {
 	struct source *source = &call->source;
-	struct own_pipe *carried = carry_take(source);
 	size_t done = 0;
 	ssize_t got = 0;
-	int error;
 
-	if (carried)
-		return copy_carried(call, target, carried, len);
-	error = source_wait(source, wants(call, RSPLICE_F_NONBLOCK));
-	if (error)
-		return error;
 	len = available(source, len);
 	while (done < len) {
 		got = map_and_fill(call, target, done, len - done < WINDOW ? len - done : WINDOW);
@@ -356,6 +371,24 @@ static ssize_t fill_target(struct call *call, struct target *target, size_t len)
 	return done ? (ssize_t)done : got;
 }
 
+static ssize_t fill_target(struct call *call, struct target *target, size_t len)
+{
+	struct source *source = &call->source;
+	struct own_pipe *carried = carry_take(source);
+	ssize_t got;
+
+	if (carried)
+		return copy_carried(call, target, carried, len);
+	do {
+		int error = source_wait(source, wants(call, RSPLICE_F_NONBLOCK));
+
+		if (error)
+			return error;
+		got = fill_what_is_there(call, target, len);
+	} while (got == -EAGAIN && !source_seekable(source)); /* another was quicker */
+	return got;
+}
+
 ssize_t into_memory(struct call *call, int64_t *off_out, size_t len)
 {
 	struct target target;
@@ -365,8 +398,7 @@ ssize_t into_memory(struct call *call, int64_t *off_out, size_t len)
 	if (error)
 		return error;
 	done = fill_target(call, &target, len);
-	if (done > 0 && target.positioned)
-		lseek(target.fd, (off_t)done, SEEK_CUR);
+	target_close(&target, done);
 	if (done > 0 && off_out)
 		*off_out += done;
 	return done;

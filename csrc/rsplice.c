@@ -81,8 +81,8 @@ ssize_t call_end(struct call *call, ssize_t done, int64_t *off_in, struct rsplic
 	rsplice_probe_publish(call->id, (int64_t)counts->moved, (int64_t)counts->shared,
 			      (int64_t)counts->direct, (int64_t)counts->copied,
 			      (int64_t)counts->unknown);
-	if (off_in)
-		*off_in += done;
+	if (off_in) /* of a memory device it may be any */
+		*off_in = (int64_t)((uint64_t)*off_in + (uint64_t)done);
 	if (result)
 		*result = *counts;
 	return done;
@@ -281,6 +281,7 @@ static ssize_t round_trip(struct call *call, size_t len, enum consumer consumer)
 	done = got > 0 ? publish(call, pipe, (size_t)got, consumer) : got;
 	if (done > 0)
 		count_published(call, (size_t)done, how);
+	call->stopped = done < got;
 	if (source_seekable(&call->source) && pipe->queued) {
 		if (got > done)
 			rsplice_probe_abort(call->id, got - (done > 0 ? done : 0));
@@ -330,7 +331,7 @@ static ssize_t into_stream(struct call *call, size_t len, enum consumer consumer
 		done += (size_t)got;
 		call->source.offset += got;
 		/* As read(2): what a pipe has room for, or a socket has to give. */
-		if (consumer == CONSUMER_PIPE || !source_seekable(&call->source))
+		if (consumer == CONSUMER_PIPE || !source_seekable(&call->source) || call->stopped)
 			break;
 	}
 	return done ? (ssize_t)done : got;

@@ -64,33 +64,32 @@ static bool position_held(const struct held *held)
 	const struct held *each;
 
 	for (each = positions.first; each; each = each->next) {
-		if (each->device == held->device && each->inode == held->inode)
+		if (each->device == held->device && each->inode == held->inode &&
+		    each->output == held->output)
 			return true;
 	}
 	return false;
 }
 
-static void hold_position(struct source *source)
+void position_hold(struct held *held)
 {
-	source->held = (struct held){source->device, source->inode, NULL};
 	lock_positions();
-	while (position_held(&source->held))
+	while (position_held(held))
 		pthread_cond_wait(&positions.released, &positions.lock);
-	source->held.next = positions.first;
-	positions.first = &source->held;
+	held->next = positions.first;
+	positions.first = held;
 	unlock_positions();
-	source->positioned = true;
 }
 
-static void release_position(struct source *source)
+void position_release(struct held *held)
 {
 	struct held **place = &positions.first;
 
 	lock_positions();
-	while (*place && *place != &source->held)
+	while (*place && *place != held)
 		place = &(*place)->next;
 	if (*place)
-		*place = source->held.next;
+		*place = held->next;
 	pthread_cond_broadcast(&positions.released);
 	unlock_positions();
 }
@@ -167,11 +166,15 @@ static int open_file(struct source *source, const struct statx *status, const in
 		if (source->offset < 0)
 			return -EINVAL;
 	} else {
-		hold_position(source);
+		source->held = (struct held){source->device, source->inode, false, NULL};
+		position_hold(&source->held);
+		source->positioned = true;
 		source->offset = lseek(source->fd, 0, SEEK_CUR);
 		if (source->offset < 0) {
-			release_position(source);
-			return -errno;
+			int error = errno;
+
+			position_release(&source->held);
+			return -error;
 		}
 	}
 	source->kind = SOURCE_FILE;
@@ -240,7 +243,7 @@ void source_close(struct source *source, size_t done)
 	if (source->positioned) {
 		if (done)
 			lseek(source->fd, (off_t)done, SEEK_CUR);
-		release_position(source);
+		position_release(&source->held);
 	}
 	if (source->direct >= 0 && source->direct != source->fd)
 		close(source->direct);
