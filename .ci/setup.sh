@@ -28,8 +28,9 @@ RUN_PACKAGES="
 BUILD_PACKAGES="pkg-config|pkgconf liburing-dev libfuse3-dev fuse3 systemtap-sdt-dev"
 # gcc-multilib builds the 32-bit caller that a test expects to be told apart.
 TEST_PACKAGES="
-    make gcc-multilib cppcheck groff-base git
+    make gcc-multilib cppcheck groff-base man-db git
     btrfs-progs xfsprogs e2fsprogs util-linux procps
+    clang libclang-rt-14-dev|libclang-rt-dev valgrind
     bpftool strace curl nginx-light|nginx rsync socat tar tmux zstd debian-archive-keyring
 "
 BENCH_PACKAGES="bpftrace linux-perf|linux-tools-generic wrk"
@@ -102,6 +103,14 @@ apt_install() {
     ' sh "$policy" "$@"
 }
 
+updated=
+update_lists() {
+    [ -z "$updated" ] || return 0
+    updated=yes
+    as_root apt-get update -q -o DPkg::Lock::Timeout=300 </dev/null ||
+        say "apt-get update failed: going on with the package lists that are here"
+}
+
 # install_packages needed|useful PACKAGE...: a useful one may not exist on this release.
 install_packages() {
     need=$1
@@ -111,8 +120,7 @@ install_packages() {
     may_be_root ||
         die "missing packages, and neither root nor sudo to install them. As root, run:" \
             "apt-get update && apt-get install" $(echo "$lacking" | sed 's/|.*//')
-    as_root apt-get update -q -o DPkg::Lock::Timeout=300 </dev/null ||
-        say "apt-get update failed: going on with the package lists that are here"
+    update_lists
     wanted=
     for choice in $lacking; do
         package=$(first_offered "$choice")
@@ -167,10 +175,10 @@ system_packages() {
         return
     fi
     install_packages needed $RUN_PACKAGES
-    install_packages useful $BUILD_PACKAGES
     case $1 in
-    test) install_packages useful $TEST_PACKAGES ;;
-    bench) install_packages useful $TEST_PACKAGES $BENCH_PACKAGES ;;
+    run) install_packages useful $BUILD_PACKAGES ;;
+    test) install_packages useful $BUILD_PACKAGES $TEST_PACKAGES ;;
+    bench) install_packages useful $BUILD_PACKAGES $TEST_PACKAGES $BENCH_PACKAGES ;;
     esac
 }
 

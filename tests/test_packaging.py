@@ -12,14 +12,19 @@ import zipfile
 from collections.abc import Iterator
 from email.message import Message
 from email.parser import Parser
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import rsplice
+from rsplice._build import has_fuse
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("pyproject.toml", "README.md", "LICENSES", "rsplice", "tracers", "dashboards")
+PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSES", "csrc", "rsplice", "tracers",
+         "dashboards")  # fmt: skip
+#: What an editable install leaves in the packages: the compiled modules and their C text.
+BUILT = ("__pycache__", "*.so", "_native.c", "_fuse.c")
 CODE = {".py", ".c", ".h", ".sh", ".toml", ".bt"}
 MANUAL = ROOT / "docs" / "rsplice.1"
 
@@ -57,7 +62,8 @@ def package_files() -> Iterator[str]:
     for directory, below, names in os.walk(ROOT / "rsplice", followlinks=True):
         below[:] = [name for name in below if name != "__pycache__"]
         for name in names:
-            yield str((Path(directory) / name).relative_to(ROOT))
+            if not any(fnmatch(name, pattern) for pattern in BUILT):
+                yield str((Path(directory) / name).relative_to(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     out = tmp_path_factory.mktemp("wheel")
     for part in PARTS:
         if (ROOT / part).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
+            ignore = shutil.ignore_patterns(*BUILT)
             shutil.copytree(ROOT / part, tree / part, symlinks=True, ignore=ignore)
         else:
             shutil.copy(ROOT / part, tree / part)
@@ -92,7 +98,10 @@ def test_nothing_but_rsplice_lands_in_site_packages(wheel: zipfile.ZipFile) -> N
 
 def test_the_wheel_holds_the_packages_whole(wheel: zipfile.ZipFile) -> None:
     held = {name for name in wheel.namelist() if name.startswith("rsplice/")}
-    assert held == set(package_files())
+    modules = {name for name in held if name.endswith(".so")}
+    assert held - modules == set(package_files())
+    built = {name.split(".")[0] for name in modules}
+    assert built == {"rsplice/_native", *(["rsplice/_fuse"] if has_fuse() else [])}
 
 
 def test_the_command_runs_from_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

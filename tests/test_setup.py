@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ["true", "sh", "cat", "dirname", "grep", "sed", "tr", "sha256sum", "rm", "chmod", "touch"]
-RUN_PACKAGES = {"python3-bpfcc", "python3-venv", "libbpf1"}
+TOOLS = ["true", "sh", "cat", "dirname", "grep", "sed", "tr", "sha256sum", "rm", "chmod", "touch",
+         "find", "sort", "xargs"]  # fmt: skip
+RUN_PACKAGES = {"python3-bpfcc", "python3-venv", "libbpf1", "gcc", "libc6-dev", "python3-dev"}
+#: What the C code is built with where it is offered.
+BUILD_PACKAGES = {"pkg-config", "liburing-dev", "libfuse3-dev", "fuse3", "systemtap-sdt-dev"}
 
 #: Each notes its name and arguments in "calls", then plays its part.
 NOTE = '#!/bin/sh\necho "$(basename "$0") $*" >>{home}/calls\n'
@@ -36,17 +39,24 @@ sh) code=$3; shift 5; exec sh -c "$code" sh {home}/policy "$@" ;;
 *) exec "$@" ;;
 esac""",
     "systemctl": "",
+    "cc": "",
     "python": """
 case "$1 $2" in
 "-c import bcc"*) exit $(cat {home}/bcc_status) ;;
 "-c import ctypes"*) exit $(cat {home}/libbpf_status) ;;
+"-c import os, sysconfig"*) exit $(cat {home}/headers_status) ;;
 "-c import sys"*) exit $(cat {home}/version_status) ;;
 "-V "* | "-VV "*) echo Python 3.9.2 ;;
 "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
 "-m pip"*) exit $(cat {home}/pip_status) ;;
 esac""",
 }
-STATUSES = ("update_status", "bcc_status", "libbpf_status", "version_status", "pip_status")
+STATUSES = ("update_status", "bcc_status", "libbpf_status", "headers_status", "version_status",
+            "pip_status")  # fmt: skip
+
+
+COPIED = (".ci/setup.sh", ".ci/as-root", "pyproject.toml", "setup.py", "rsplice/__init__.py",
+          "rsplice/_build.py", "csrc/rsplice.c")  # fmt: skip
 
 
 class Machine:
@@ -56,9 +66,9 @@ class Machine:
         self.home = home
         self.bin = home / "bin"
         self.tree = home / "tree"
-        for directory in (self.bin, self.tree / ".ci", self.tree / "rsplice"):
+        for directory in (self.bin, *(self.tree / name for name in (".ci", "rsplice", "csrc"))):
             directory.mkdir(parents=True)
-        for name in (".ci/setup.sh", ".ci/as-root", "pyproject.toml", "rsplice/__init__.py"):
+        for name in COPIED:
             shutil.copy(ROOT / name, self.tree / name)
         for name in [*TOOLS, "basename", "cp", "ls", "mkdir"]:
             real = shutil.which(name)
@@ -118,21 +128,21 @@ def test_a_fresh_machine_gets_the_missing_packages_and_a_venv(tmp_path: Path) ->
 
 def test_a_release_with_the_older_libbpf_gets_that_one(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("offered", "python3-bpfcc", "python3-venv", "libbpf0")
+    machine.set("offered", *RUN_PACKAGES - {"libbpf1"}, "libbpf0")
     assert machine.setup().returncode == 0
     assert "libbpf0" in machine.installed_by_apt()
 
 
 def test_either_libbpf_will_do(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", "python3-bpfcc", "python3-venv", "libbpf0")
+    machine.set("installed", *RUN_PACKAGES - {"libbpf1"}, "libbpf0", *BUILD_PACKAGES)
     assert machine.setup().returncode == 0
     assert machine.calls("apt-get") == []
 
 
 def test_a_package_removed_but_not_purged_is_missing(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", "python3-venv", "libbpf1")
+    machine.set("installed", *RUN_PACKAGES - {"python3-bpfcc"}, *BUILD_PACKAGES)
     machine.set("removed", "python3-bpfcc")
     machine.set("offered", "python3-bpfcc")
     assert machine.setup().returncode == 0
@@ -151,7 +161,7 @@ def test_the_second_run_installs_nothing(tmp_path: Path) -> None:
 
 def test_a_changed_pyproject_makes_the_venv_anew(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", *RUN_PACKAGES)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
     assert machine.setup().returncode == 0
     with (machine.tree / "pyproject.toml").open("a") as file:
         file.write("\n")
@@ -162,7 +172,7 @@ def test_a_changed_pyproject_makes_the_venv_anew(tmp_path: Path) -> None:
 
 def test_a_failed_pip_is_tried_again(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", *RUN_PACKAGES)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
     machine.set("pip_status", 1)
     failed = machine.setup()
     assert failed.returncode == 1
@@ -174,7 +184,7 @@ def test_a_failed_pip_is_tried_again(tmp_path: Path) -> None:
 
 def test_the_test_tools_come_on_top_and_leave_the_rest_alone(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", *RUN_PACKAGES)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
     machine.set("offered", "strace", "nginx")
     assert machine.setup().returncode == 0
     result = machine.setup("test")
@@ -189,7 +199,7 @@ def test_the_test_tools_come_on_top_and_leave_the_rest_alone(tmp_path: Path) -> 
 
 def test_no_server_is_started_and_the_policy_file_is_taken_away(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", *RUN_PACKAGES)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
     machine.set("offered", "nginx")
     assert machine.setup("test").returncode == 0
     policy = tmp_path / "policy"
@@ -237,7 +247,7 @@ def test_a_failed_apt_is_an_error(tmp_path: Path) -> None:
 
 def test_a_needed_package_that_no_source_offers_is_named(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("offered", "python3-venv", "libbpf1")
+    machine.set("offered", *RUN_PACKAGES - {"python3-bpfcc"})
     result = machine.setup()
     assert result.returncode == 1
     assert "no apt source offers python3-bpfcc" in result.stderr
@@ -269,12 +279,43 @@ def test_without_apt_but_with_everything_there_it_goes_on(tmp_path: Path) -> Non
     result = machine.setup("test")
     assert result.returncode == 0, result.stderr
     assert "strace" in result.stderr
-    assert len(machine.calls("python -m pip")) == 2
+    assert len(machine.calls("python -m pip")) == 1
+
+
+def test_without_apt_a_missing_compiler_and_headers_are_named(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, without=("apt-get", "dpkg-query", "cc"))
+    machine.set("headers_status", 1)
+    result = machine.setup()
+    assert result.returncode == 1
+    for name in ("gcc and libc6-dev (Debian, Ubuntu)", "python3-devel (Fedora"):
+        assert name in result.stderr
+    assert machine.calls("python -m") == []
+
+
+def test_what_the_c_code_is_built_with_comes_along_where_it_is_offered(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.set("installed", *RUN_PACKAGES)
+    machine.set("offered", "libfuse3-dev", "fuse3")
+    result = machine.setup()
+    assert result.returncode == 0, result.stderr
+    assert machine.installed_by_apt() == {"libfuse3-dev", "fuse3"}
+    assert "no apt source offers liburing-dev" in result.stderr
+
+
+def test_changed_c_code_is_compiled_again_in_the_same_venv(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
+    assert machine.setup().returncode == 0
+    with (machine.tree / "csrc/rsplice.c").open("a") as file:
+        file.write("\n")
+    assert machine.setup().returncode == 0
+    assert machine.calls("python -m venv") == []
+    assert len(machine.calls("python -m pip")) == 1
 
 
 def test_an_old_python_is_refused_with_its_version(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
-    machine.set("installed", *RUN_PACKAGES)
+    machine.set("installed", *RUN_PACKAGES, *BUILD_PACKAGES)
     machine.set("version_status", 1)
     result = machine.setup()
     assert result.returncode == 1

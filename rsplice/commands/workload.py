@@ -33,6 +33,7 @@ EXAMPLES
   rsplice workload relay --mode splice --count 23
   rsplice audit -- rsplice workload serve --mode sendfile --size 1M
   rsplice audit -- rsplice workload fuse --mode rsplice
+  rsplice audit -- rsplice workload recvpage --mode copy
   rsplice workload fuse --source DIR --mount POINT     shows DIR on POINT until Ctrl-C
   rsplice live -- rsplice workload mixed
 
@@ -54,11 +55,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLES
     parser.add_argument("name", nargs="?", metavar="NAME", help="the workload to run")
-    parser.add_argument("--mode", help="how the bytes are carried (see the list)")
+    parser.add_argument("--mode", help="how the workload carries the bytes (see the list)")
     parser.add_argument("--size", help="bytes per operation, such as 4096, 64K or 1M")
     parser.add_argument("--count", help="operations to make (mixed: per program and 50 ms)")
     parser.add_argument("--seconds", help="stop after this time")
-    parser.add_argument("--threads", help="threads, each with files or a connection of its own")
+    parser.add_argument(
+        "--threads", help="threads, each with files, a connection or a pipe of its own"
+    )
     parser.add_argument("--source", metavar="DIR", help="fuse: the directory to show on --mount")
     parser.add_argument("--mount", metavar="DIR", help="fuse: where, until a signal comes")
     parser.add_argument("--json", action="store_true", help="only JSON, on one line")
