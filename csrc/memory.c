@@ -258,7 +258,7 @@ ssize_t fill_window(struct call *call, char *memory, size_t len)
 
 		if (span) {
 			got = fill_memory_directly(call, to, span);
-			if (got == -EAGAIN)
+			if (got == -EAGAIN && !fills_directly(source))
 				continue; /* by copying: there is no O_DIRECT any more */
 		} else {
 			got = fill_memory_by_copy(call, to, copied_span(source, to, len - done));
