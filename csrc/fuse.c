@@ -187,7 +187,7 @@ static void count_reply(const struct reply *reply)
 					    : why_copied(call, RSPLICE_HOW_COPY));
 }
 
-static ssize_t publish(const struct reply *reply, struct own_pipe *whole)
+static ssize_t publish(struct reply *reply, struct own_pipe *whole)
 {
 	size_t size = HEADER_SIZE + reply->payload;
 	ssize_t done = splice(whole->reader, NULL, reply->fuse_fd, NULL, size,
@@ -198,8 +198,11 @@ static ssize_t publish(const struct reply *reply, struct own_pipe *whole)
 	if ((size_t)done != size)
 		return -EIO;
 	whole->queued = 0;
-	if (keeps(&reply->call->source))
-		own_pipe_drop(reply->pipe, reply->payload);
+	if (keeps(&reply->call->source) && own_pipe_drop(reply->pipe, reply->payload)) {
+		/* Nobody is to get them again. */
+		own_pipe_put(reply->pipe);
+		reply->pipe = NULL;
+	}
 	count_reply(reply);
 	return (ssize_t)reply->payload;
 }
