@@ -17,6 +17,7 @@
 #define WINDOW	   (16UL << 20) /* bytes mapped at a time: eight huge pages */
 #define PIECE	   (512UL << 10)
 #define MAX_PIECES (WINDOW / PIECE)
+#define UNTOLD	   (1 << 20)   /* bytes of a socket of a kind that does not know FIONREAD */
 #define RING_WORTH (2 * PIECE) /* bytes from which several reads at a time are quicker */
 
 bool is_memory_file(int fd)
@@ -280,7 +281,9 @@ static size_t available(const struct source *source, size_t len)
 
 	if (source_seekable(source))
 		return source_left(source, len);
-	if (ioctl(source->fd, FIONREAD, &ready) || ready <= 0)
+	if (ioctl(source->fd, FIONREAD, &ready))
+		ready = UNTOLD;
+	else if (ready <= 0)
 		ready = 1; /* the end, or an error: reading tells */
 	return (size_t)ready < len ? (size_t)ready : len;
 }
