@@ -103,7 +103,8 @@ static int gather(struct reply *reply, size_t len)
 {
 	struct source *source = &reply->call->source;
 
-	while (reply->payload < len) {
+	/* A message that was carried over is a reply by itself, as any other. */
+	while (reply->payload < len && !(source->kind == SOURCE_MESSAGES && reply->payload)) {
 		enum rsplice_how how = RSPLICE_HOW_COPY;
 		int error = source_wait(source, wants(reply->call, RSPLICE_F_NONBLOCK));
 		ssize_t got;
@@ -120,8 +121,8 @@ static int gather(struct reply *reply, size_t len)
 			return (int)got;
 		count_filled(reply, (size_t)got, how);
 		source->offset += got;
-		if (source->kind == SOURCE_MESSAGES || reply->pipe->queued > reply->payload)
-			break; /* one message; or an unaligned file: no more fits behind */
+		if (reply->pipe->queued > reply->payload)
+			break; /* an unaligned file: no more fits behind */
 	}
 	return 0;
 }
