@@ -145,12 +145,37 @@ static size_t copied_span(const struct source *source, const char *memory, size_
 	return gap;
 }
 
-/* Several reads at a time. Bytes up to the first that was short, or -errno. */
+/*
+ * Bytes up to the first piece that was short, 0 if that is the first. What others have read behind
+ * it is cleared: the caller is not told of it.
+ */
+static size_t add_up(const struct piece *pieces, unsigned int nr, int *error)
+{
+	bool ended = false;
+	size_t done = 0;
+	unsigned int i;
+
+	for (i = 0; i < nr; i++) {
+		size_t got = pieces[i].got > 0 ? (size_t)pieces[i].got : 0;
+
+		if (ended) {
+			memset(pieces[i].memory, 0, got);
+			continue;
+		}
+		done += got;
+		ended = got < pieces[i].size;
+		if (pieces[i].got < 0 && !*error)
+			*error = (int)pieces[i].got;
+	}
+	return done;
+}
+
+/* Several reads at a time. Bytes, or -errno if there are none. */
 static ssize_t read_pieces(const struct source *source, char *memory, size_t size)
 {
 	struct piece pieces[MAX_PIECES];
-	unsigned int nr = 0, i;
-	size_t at, done = 0;
+	unsigned int nr = 0;
+	size_t at, done;
 	int error;
 
 	for (at = 0; at < size; at += PIECE, nr++) {
@@ -160,16 +185,8 @@ static ssize_t read_pieces(const struct source *source, char *memory, size_t siz
 					    source->offset + (int64_t)at, 0};
 	}
 	error = ring_read(pieces, nr);
-	if (error)
-		return error;
-	for (i = 0; i < nr; i++) {
-		if (pieces[i].got < 0)
-			return done ? (ssize_t)done : pieces[i].got;
-		done += (size_t)pieces[i].got;
-		if ((size_t)pieces[i].got < pieces[i].size)
-			break;
-	}
-	return (ssize_t)done;
+	done = add_up(pieces, nr, &error);
+	return done ? (ssize_t)done : error;
 }
 
 static ssize_t read_directly(const struct source *source, char *memory, size_t size)
