@@ -265,28 +265,24 @@ static ssize_t round_trip(struct call *call, size_t len, enum consumer consumer)
 	enum rsplice_how how = RSPLICE_HOW_COPY;
 	struct own_pipe *pipe;
 	ssize_t got, done;
+	int error;
 
 	len = reserve(call, len, consumer);
-	pipe = own_pipe_get(pages_of(len) +
-			    2); /* what is not aligned lies in one page more, or two */
+	/* What is not aligned lies in one page more, or two. */
+	pipe = own_pipe_get(pages_of(len) + 2);
 	if (!pipe)
 		return -errno;
 	do {
-		got = source_wait(&call->source, wants(call, RSPLICE_F_NONBLOCK));
-		if (!got)
-			got = fill(call, pipe, len, &how);
-		else
-			break;
-	} while (got == -EAGAIN && !source_seekable(&call->source)); /* another was quicker */
+		error = source_wait(&call->source, wants(call, RSPLICE_F_NONBLOCK));
+		got = error ? error : fill(call, pipe, len, &how);
+		/* There was something to read: another thread was quicker. */
+	} while (!error && got == -EAGAIN && !source_seekable(&call->source));
 	done = got > 0 ? publish(call, pipe, (size_t)got, consumer) : got;
 	if (done > 0)
 		count_published(call, (size_t)done, how);
 	call->stopped = done < got;
-	if (source_seekable(&call->source) && pipe->queued) {
-		if (got > done)
-			rsplice_probe_abort(call->id, got - (done > 0 ? done : 0));
+	if (source_seekable(&call->source) && pipe->queued)
 		own_pipe_drop(pipe, pipe->queued);
-	}
 	pipe->how = how;
 	carry_put(&call->source, pipe);
 	return done;
