@@ -154,7 +154,7 @@ struct piece {
 	int64_t offset;
 	ssize_t got;
 };
-/* ring.c: carries out all of them, several at a time. 0, or -ENOSYS where there is no io_uring. */
+/* ring.c: carries out all of them, several at a time. 0, or -ENOSYS: io_uring does not do. */
 HIDDEN int ring_read(struct piece *pieces, unsigned int nr);
 
 static inline bool wants(const struct call *call, unsigned int flag)

@@ -126,22 +126,29 @@ static void reap(struct ring *ring, unsigned int *under_way)
 	}
 }
 
+/* Whether it is any use to go on after what submitting gave. */
+static bool goes_on(const struct ring *ring, int error, unsigned int under_way)
+{
+	if (error >= 0 || error == -EINTR)
+		return true;
+	/* The kernel is short of something: of what completions give back, or for good. */
+	return (error == -EAGAIN || error == -EBUSY) && under_way > io_uring_sq_ready(&ring->uring);
+}
+
 int ring_read(struct piece *pieces, unsigned int nr)
 {
 	struct ring *ring = ring_get();
 	unsigned int next = 0, under_way = 0;
-	int error = 0;
+	bool good = true;
 
 	if (!ring)
 		return -ENOSYS;
-	while (!error && (next < nr || under_way)) {
+	while (good && (next < nr || under_way)) {
 		while (next < nr && under_way < DEPTH) {
 			queue(ring, &pieces[next++]);
 			under_way++;
 		}
-		error = io_uring_submit_and_wait(&ring->uring, 1);
-		error = error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY ? error
-											    : 0;
+		good = goes_on(ring, io_uring_submit_and_wait(&ring->uring, 1), under_way);
 		reap(ring, &under_way);
 	}
 	/* The caller may unmap the memory only when nobody writes to it any more. */
@@ -151,10 +158,10 @@ int ring_read(struct piece *pieces, unsigned int nr)
 		if (!io_uring_wait_cqe(&ring->uring, &cqe))
 			reap(ring, &under_way);
 	}
-	if (error)
-		destroy(ring);
-	else
+	if (good)
 		ring_put(ring);
-	return error;
+	else
+		destroy(ring);
+	return good ? 0 : -ENOSYS;
 }
 #endif
