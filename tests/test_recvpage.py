@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 
 from rsplice.errors import RspliceError
-from rsplice.workloads.recvpage import SETTLED_S, Fault, Options, Stage, is_mounted, stage
+from rsplice.workloads.mounts import is_mounted
+from rsplice.workloads.recvpage import SETTLED_S, Fault, Options, Stage, stage
 from tests.support.attached import descendants_of
 from tests.support.run import environment
 

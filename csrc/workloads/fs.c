@@ -550,7 +550,7 @@ static bool have_pipe(const struct fs *fs, struct lane *lane)
 	if (pipe2(lane->pipe, O_CLOEXEC) < 0)
 		return false;
 	/* Where it is refused, what does not fit is copied. */
-	fcntl(lane->pipe[1], F_SETPIPE_SZ, fs->options->max_read + 2 * PAGE);
+	fcntl(lane->pipe[1], F_SETPIPE_SZ, fs->options->max_read + PAGE);
 	return true;
 }
 

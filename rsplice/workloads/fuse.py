@@ -41,8 +41,9 @@ from rsplice.workloads.core import (
 )
 from rsplice.workloads.mounts import FUSE, FUSE_DEVICE, fuse_module, wait_unmounted
 
-#: Bytes of the largest READ, and what a reader reads at a time.
-MAX_READ = 1 << 19
+#: Bytes of the largest READ: with the reply's header it fills a pipe of 256 slots.
+MAX_READ = 255 * 4096
+#: Bytes that a reader reads at a time.
 BUFFER_SIZE = 1 << 20
 READY_S = 20.0
 UNMOUNTED_S = 5.0

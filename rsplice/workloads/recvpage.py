@@ -8,10 +8,8 @@ the kernel: two copies.
 
 from __future__ import annotations
 
-import importlib
 import mmap
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -19,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from rsplice.workloads.core import (
     filesystem_of,
     scratch,
 )
+from rsplice.workloads.mounts import fuse_module, is_mounted
 
 #: What a file of the filesystem is called in an audit.
 FUSE = "fuse"
@@ -78,17 +77,6 @@ class Options:
     retries: int = 4
 
 
-@cache
-def _fuse() -> Any:
-    try:
-        return importlib.import_module("rsplice._fuse")
-    except ImportError as error:
-        raise RspliceError(
-            f"rsplice was built without FUSE: {error}; install libfuse3-dev (fuse3-devel) and "
-            "fuse3, then rsplice again"
-        ) from error
-
-
 class Stage:
     """A server of the files in ``source``, and a filesystem on ``mountpoint`` that shows them.
 
@@ -101,7 +89,7 @@ class Stage:
         self.options = options
         self._directory = directory
         self._crew = Crew(directory)
-        self._module = _fuse()
+        self._module = fuse_module()
         self._memory = mmap.mmap(-1, 2 * _PAGE)
         view = memoryview(self._memory)
         #: struct recvpage_served and struct recvpage_counts, which the processes write to
@@ -253,15 +241,6 @@ def stage(directory: Path, options: Options) -> Iterator[Stage]:
         made.close()
 
 
-def is_mounted(path: Path) -> bool:
-    """Whether something is mounted on *path*, be it alive or not."""
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split()[4])
-        if point == str(path):
-            return True
-    return False
-
-
 def run(settings: Settings, progress: Progress) -> Calls:
     """Reads ``count`` times ``size`` bytes in ``threads`` processes, each from a file of its own.
 
@@ -272,7 +251,7 @@ def run(settings: Settings, progress: Progress) -> Calls:
 
 def run_with(settings: Settings, progress: Progress, fault: Fault | None) -> Calls:
     """The same with a server that has a *fault*."""
-    _fuse()
+    fuse_module()
     copy, _, kind = settings.mode.partition("-")
     options = Options(
         copy=copy == "copy", unix=kind == "unix", threads=min(16, settings.threads + 1)
