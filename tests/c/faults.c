@@ -180,7 +180,7 @@ int main(int argc, char **argv)
 	use_directory(argc, argv);
 	if (argc > 2)
 		every = strtoul(argv[2], NULL, 10);
-	limit_seconds(20);
+	limit_seconds(110);
 	around_calls = strike_inside;
 	for (i = 0; i < sizeof(origins) / sizeof(origins[0]); i++) {
 		for (j = 0; j < sizeof(sinks) / sizeof(sinks[0]); j++)

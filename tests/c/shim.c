@@ -110,6 +110,13 @@ WRAP(ssize_t, splice,
 			     flags);
 }
 
+WRAP(ssize_t, tee, (int fd_in, int fd_out, size_t len, unsigned int flags))
+{
+	if (fails("tee", fd_out))
+		return -1;
+	return __real_tee(fd_in, fd_out, cut("tee", fd_in, fd_out, len), flags);
+}
+
 WRAP(ssize_t, vmsplice, (int fd, const struct iovec *vector, size_t nr, unsigned int flags))
 {
 	struct iovec part = *vector;
