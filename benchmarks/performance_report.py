@@ -190,16 +190,28 @@ _REASONS = """\
 
 - **rsplice, cold.** The disk fills fresh pages by DMA, and the kernel puts them into the page
   cache of the FUSE file: the server's processor touches no byte. What is left is work for each page
-  of 4 KiB: allocating it, queuing it in a pipe, putting it in the placeholder's place in the page
-  cache, charging it to a memory cgroup, freeing the placeholder. Copying pays for pages too, in the
-  page cache of the source, and for two copies.
+  of 4 KiB, in `fs/fuse/dev.c:fuse_try_move_folio`: the fresh page takes the placeholder's place in
+  the page cache, goes to an LRU list and is charged to a memory cgroup; the placeholder is uncharged,
+  taken off its list under a lock and freed. A profile finds about 60 % of the server's time there.
+- **Moving a page is not free, and a copy need not be dear.** Copying 4 KiB that are in the
+  processor's cache takes less than all that work, where memory is quick: compare the row "direct",
+  which reads by DMA as well and copies once, and memcpy below. Moving gains where copies are slow:
+  memory that is new to the processor, or cold; a busy memory bus; more copies than one. On a stock
+  kernel it gains little CPU time over one copy, page by page; over two copies and the page cache of
+  the source it does.
+- **Wall time, cold.** Fresh pages lie scattered, and a READ is one request of up to 255 of them
+  that the server waits for; readahead of the page cache keeps more of the disk's queue filled, and
+  one large buffer needs fewer segments. With a reader of small `read`s rsplice and `splice` lose
+  more: a moved page has lost the mark that starts the next readahead, so that READs stay small.
 - **rsplice, warm: it loses.** O_DIRECT goes to the disk although the source is in the page cache.
   Who reads the same files again and again is served better by `splice`, by copying, or by FUSE
   passthrough, which shares one page cache.
 - **FUSE passthrough** takes the server out of the way altogether, for files that lie on a local
   filesystem as they are. A server that assembles, decrypts or fetches its data cannot use it.
 - **recvpage.** Received bytes lie in socket buffers, of which the kernel gives no page away: one
-  copy is the least on a stock kernel, and half of what recv and write make.
+  copy is the least on a stock kernel, and half of what recv and write make. It is not half of the
+  time: the copy that is saved reads a buffer that the other has just left in the processor's
+  cache, the one that stays reads cold pages, and TCP, FUSE and the page cache cost both the same.
 - **Huge pages** take work for each page away: one page of 2 MiB in place of 512.
 - **Small pieces** wait for the disk, not for the processor: a batch has several under way.
 """
@@ -210,7 +222,7 @@ _METHOD = """\
 - All rows run in turn, {rounds} rounds, every other round backwards. Tables show the median, and in
   parentheses the least and the greatest; a target compares medians.
 - The filesystem is `rsplice workload fuse --source DIR --mount DIR --threads 2` with READs of up to
-  512 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
+  1020 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
   that reads the source with O_DIRECT into memory and writes that to the kernel.
 - Cold: neither the source's pages nor the FUSE file's are in the page cache. Warm: the source's
   are.
