@@ -191,8 +191,9 @@ _REASONS = """\
 - **rsplice, cold.** The disk fills fresh pages by DMA, and the kernel puts them into the page
   cache of the FUSE file: the server's processor touches no byte. What is left is work for each page
   of 4 KiB, in `fs/fuse/dev.c:fuse_try_move_folio`: the fresh page takes the placeholder's place in
-  the page cache, goes to an LRU list and is charged to a memory cgroup; the placeholder is uncharged,
-  taken off its list under a lock and freed. A profile finds about 60 % of the server's time there.
+  the page cache, goes to an LRU list and is charged to a memory cgroup; the placeholder is
+  uncharged, taken off its list under a lock and freed. A profile finds 60 % of the server's time
+  there.
 - **Moving a page is not free, and a copy need not be dear.** Copying 4 KiB that are in the
   processor's cache takes less than all that work, where memory is quick: compare the row "direct",
   which reads by DMA as well and copies once, and memcpy below. Moving gains where copies are slow:
