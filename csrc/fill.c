@@ -43,18 +43,17 @@ static ssize_t fill_directly(struct source *source, struct own_pipe *pipe, size_
 		at = start;
 	size_t head = (size_t)(source->offset - start);
 	size_t span = round_up(head + len, source->offset_align), filled = 0;
+	ssize_t got = 0;
 	int error;
 
 	if (span > room(pipe))
 		span = round_down(room(pipe), source->offset_align);
 	if (span <= head)
 		return -EINVAL; /* not even one block fits */
-	while (filled <= head) {
-		ssize_t got = splice_in(source->direct, &at, pipe, span - filled);
-
-		if (got < 0)
-			return got;
-		if (!got)
+	/* Short by less than a block it was the end of the file, even if the file grows now. */
+	while (filled <= head && !(at % source->offset_align)) {
+		got = splice_in(source->direct, &at, pipe, span - filled);
+		if (got <= 0)
 			break;
 		filled += (size_t)got;
 	}
@@ -63,6 +62,8 @@ static ssize_t fill_directly(struct source *source, struct own_pipe *pipe, size_
 		if (error)
 			return error;
 	}
+	if (got < 0)
+		return got;
 	if (filled <= head)
 		return 0;
 	return filled - head < len ? (ssize_t)(filled - head) : (ssize_t)len;
