@@ -200,6 +200,9 @@ _REASONS = """\
   memory that is new to the processor, or cold; a busy memory bus; more copies than one. On a stock
   kernel it gains little CPU time over one copy, page by page; over two copies and the page cache of
   the source it does.
+- **Virtual machines.** Where free memory goes back to the host (free page reporting, balloons), the
+  processor's first touch of a page waits for the host to find one. Copying touches two pages for
+  each that it reads; here its time doubles on such memory, and rsplice's stays.
 - **Wall time, cold.** Fresh pages lie scattered, and a READ is one request of up to 255 of them
   that the server waits for; readahead of the page cache keeps more of the disk's queue filled, and
   one large buffer needs fewer segments. With a reader of small `read`s rsplice and `splice` lose
