@@ -59,6 +59,14 @@ def test_faults_at_every_position(c_tests: Programs, tmp_path: Path) -> None:
     assert faults > 5000
 
 
+def test_batch(c_tests: Programs, tmp_path: Path) -> None:
+    assert int(c_tests.run("batch", tmp_path, "5").split()[0]) > 200
+
+
+def test_files_cut_and_grown_at_every_position(c_tests: Programs, tmp_path: Path) -> None:
+    assert int(c_tests.run("cut", tmp_path).split()[0]) > 500
+
+
 def test_every_call_can_be_made_to_fail(c_tests: Programs) -> None:
     c_tests.program("faults")
     wrapped = re.search(r"^WRAPPED := ((?:.*\\\n)*.*)$", (C_TESTS / "Makefile").read_text(), re.M)

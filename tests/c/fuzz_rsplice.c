@@ -72,7 +72,7 @@ static bool may_lose(const struct transfer *transfer)
 static struct fault take_fault(struct input *input, const struct transfer *transfer)
 {
 	static const int errors[] = {EINTR, EAGAIN, ENOMEM, EIO, EPIPE, ENOSPC, EMFILE, EINVAL};
-	struct fault fault = {.kind = (enum fault_kind)take(input, 4)};
+	struct fault fault = {.kind = (enum fault_kind)take(input, FAULT_EVENT)};
 
 	fault.at = 1 + take(input, 64);
 	fault.error = errors[take(input, 8)];

@@ -21,6 +21,7 @@ static unsigned long calls, struck;
 static const char *victim = "";
 static int victim_fd = -1, spared_source = -1, spared_consumer = -1;
 static bool inside;
+static void (*event)(void);
 
 void shim_arm(const struct fault *fault)
 {
@@ -33,6 +34,11 @@ void shim_arm(const struct fault *fault)
 void shim_disarm(void)
 {
 	armed.kind = FAULT_NONE;
+}
+
+void shim_event(void (*happens)(void))
+{
+	event = happens;
 }
 
 void shim_enter(void)
@@ -80,8 +86,15 @@ static bool strikes(const char *name, int fd)
 /* Whether this call is to fail; errno is set then. */
 static bool fails(const char *name, int fd)
 {
-	if (!inside || armed.kind != FAULT_ERROR || !strikes(name, fd))
+	if (!inside || (armed.kind != FAULT_ERROR && armed.kind != FAULT_EVENT) ||
+	    !strikes(name, fd))
 		return false;
+	if (armed.kind == FAULT_EVENT) {
+		inside = false;
+		event();
+		inside = true;
+		return false;
+	}
 	errno = armed.error;
 	return true;
 }

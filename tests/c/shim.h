@@ -14,6 +14,7 @@ enum fault_kind {
 	FAULT_ERROR, /* the call is not made, and fails with an errno */
 	FAULT_ONE,   /* a transfer moves one byte */
 	FAULT_HALF,  /* or half of what was asked for */
+	FAULT_EVENT, /* something happens before the call, which is then made: shim_event() */
 };
 
 struct fault {
@@ -25,6 +26,7 @@ struct fault {
 
 void shim_arm(const struct fault *fault);
 void shim_disarm(void);
+void shim_event(void (*event)(void));
 void shim_enter(void);
 void shim_leave(void);
 /*

@@ -47,15 +47,16 @@ static bool may_lose(const struct transfer *transfer)
 static void round_of_calls(void)
 {
 	static const int errors[] = {EINTR, EAGAIN, ENOMEM, EIO, EPIPE, ENOSPC};
-	static const enum origin_kind origins[] = {ORIGIN_DIRECT, ORIGIN_TMPFS, ORIGIN_ZERO,
-						   ORIGIN_UNIX,	  ORIGIN_PIPE,	ORIGIN_TCP};
+	static const enum origin_kind origins[] = {ORIGIN_DIRECT, ORIGIN_BUFFERED, ORIGIN_TMPFS,
+						   ORIGIN_ZERO,	  ORIGIN_UNIX,	   ORIGIN_PIPE,
+						   ORIGIN_TCP};
 	static const enum sink_kind sinks[] = {SINK_PIPE, SINK_TINY, SINK_MEMFD, SINK_UNIX,
 					       SINK_FUSE};
 	struct fault fault = {.kind = draw(2) ? FAULT_NONE : FAULT_ERROR,
 			      .at = 1 + draw(20),
 			      .persists = !draw(8),
 			      .error = errors[draw(6)]};
-	struct transfer transfer = {.origin_kind = origins[draw(6)],
+	struct transfer transfer = {.origin_kind = origins[draw(7)],
 				    .sink_kind = sinks[draw(5)],
 				    .size = 3 * PAGE + 100,
 				    .from = draw(2) ? draw(3 * PAGE) : 0,
@@ -143,7 +144,7 @@ int main(int argc, char **argv)
 	signal(SIGPIPE, SIG_IGN);
 	limit_seconds(110);
 	around_calls = strike_inside;
-	for (i = 0; i < rounds / 10; i++)
+	for (i = 0; i < rounds / 10 + 200; i++)
 		round_of_calls();
 	open_before = descriptors();
 	pages = resident();
