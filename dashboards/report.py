@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rsplice.audit import Audit, Counts, Finding, PageCounts, Path, RspliceCalls
 from rsplice.dashboards import phrases
+from rsplice.dashboards.journeys import journey_lines
 from rsplice.dashboards.table import Column, header, tall_row
 from rsplice.dashboards.text import command_line, emit, sanitise
 
@@ -52,6 +53,7 @@ class Report:
         yield Text()
         yield from _rsplice_lines(audit, width)
         yield from _finding_lines(audit.findings)
+        yield from journey_lines(audit.journeys, width)
         if len(audit.processes) > 1:
             yield from _process_lines(audit, width)
             yield Text()

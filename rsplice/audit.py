@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
+from rsplice.journey import Journeys
+
 SCHEMA = "rsplice.audit/1"
 
 #: Every payload byte of a leg has exactly one of these.
@@ -392,6 +394,7 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     accuracy: Accuracy = field(default_factory=Accuracy)
     rsplice_calls: RspliceCalls = field(default_factory=RspliceCalls)  #: of all processes
+    journeys: Journeys | None = None  #: of pages, if they were asked for
 
     def to_json(self) -> dict[str, Any]:
         """The document of schema rsplice.audit/1."""
@@ -410,6 +413,7 @@ class Audit:
             **_pages_to_json(self.pages),
             "rsplice_calls": self.rsplice_calls.to_json(),
             "findings": [f.to_json() for f in self.findings],
+            **({"journeys": self.journeys.to_json()} if self.journeys else {}),
             "accuracy": self.accuracy.to_json(),
         }
 
@@ -431,6 +435,7 @@ class Audit:
             [Finding.from_json(f) for f in data["findings"]],
             Accuracy.from_json(data["accuracy"]),
             _calls_from_json(data),
+            Journeys.from_json(data["journeys"]) if data.get("journeys") else None,
         )
 
 

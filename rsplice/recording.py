@@ -246,6 +246,10 @@ def _check(value: Any, hint: Any, where: str) -> None:
     """ValueError unless *value* is of the type *hint*, all through."""
     if not _fits(value, hint):
         raise ValueError(f"{where} has the wrong type or is out of range")
+    if type(None) in get_args(hint):
+        if value is None:
+            return
+        hint = get_args(hint)[0]
     if isinstance(hint, type) and is_dataclass(hint):
         for name, inner in _hints(hint).items():
             _check(getattr(value, name), inner, name)

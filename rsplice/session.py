@@ -14,10 +14,12 @@ from types import FrameType
 
 from rsplice.audit import Accuracy, Audit
 from rsplice.errors import RspliceError
+from rsplice.journey import Event, Journeys, Request, tell
 from rsplice.launch import Command
 from rsplice.ledger import Ledger
 from rsplice.tracers import usdt
 from rsplice.tracers.capability import reason
+from rsplice.tracers.journey import Follower
 from rsplice.tracers.tracer import Tracer
 
 #: How often, in seconds, it is looked whether descendants of an ended command go on.
@@ -36,6 +38,7 @@ class Session:
     :param identity: how many calls have their pages compared: "all", "sample", "off"
     :param user: who the command runs as
     :param output: descriptor for the command's standard output and error
+    :param journey: the pages whose journeys are followed, if any
     :raises RspliceError: no privilege, no such pid, no such command, ...
     """
 
@@ -47,6 +50,7 @@ class Session:
         identity: str = "all",
         user: str | None = None,
         output: int | None = None,
+        journey: Request | None = None,
     ) -> None:
         why_not = reason()
         if why_not:
@@ -57,8 +61,14 @@ class Session:
         self._started = time.monotonic()
         self._ended: float | None = None
         self._last: Audit | None = None
+        self._events: list[Event] = []
         try:
-            self.tracer = Tracer(identity, everything, files=usdt.find(argv, pids))
+            self.tracer = Tracer(
+                identity,
+                everything,
+                files=usdt.find(argv, pids),
+                journeys=Follower(journey) if journey else None,
+            )
             for pid in pids:
                 self.tracer.follow(pid)
         except BaseException:
@@ -132,12 +142,20 @@ class Session:
             uncounted=self.tracer.uncounted,
             usdt_files=list(self.tracer.usdt_files),
         )
-        return ledger.audit(
+        audit = ledger.audit(
             command=self.shown,
             duration_s=time.monotonic() - self._started,
             kernel_release=os.uname().release,
             accuracy=accuracy,
         )
+        if self.tracer.journeys:
+            audit.journeys = self._read_journeys(self.tracer.journeys)
+        return audit
+
+    def _read_journeys(self, followed: Follower) -> Journeys:
+        """The stories so far."""
+        self._events += followed.read(self.tracer.counters.kind)
+        return tell(self._events, followed.request, followed.beyond(), followed.lost())
 
 
 def kernel_version(release: str | None = None) -> tuple[int, int]:

@@ -227,8 +227,8 @@ class Counters:
         _clamp(nbytes, measured, identity, declared)
         return Tally(
             process,
-            Endpoint(self._kind(source), bool(flags & _SRC_DIRECT), bool(flags & _SRC_DAX)),
-            Endpoint(self._kind(destination), bool(flags & _DST_DIRECT), bool(flags & _DST_DAX)),
+            Endpoint(self.kind(source), bool(flags & _SRC_DIRECT), bool(flags & _SRC_DAX)),
+            Endpoint(self.kind(destination), bool(flags & _DST_DIRECT), bool(flags & _DST_DAX)),
             operations.via_name(via),
             frozenset(_flags(flags)),
             counts[0],
@@ -238,7 +238,8 @@ class Counters:
             declared,
         )
 
-    def _kind(self, end: int) -> str:
+    def kind(self, end: int) -> str:
+        """The name of an end (bpf/ends.h)."""
         if is_filesystem(end) and end & ~1 not in self._filesystems:
             for address, values in self._names.items():
                 name = values[0].split(b"\0")[0].decode(errors="replace")

@@ -24,7 +24,7 @@ from rsplice.tracers.btf import Btf
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h", "pages.h",
             "sockets.h", "syscalls.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
-            "io_uring.c", "usdt.c")  # fmt: skip
+            "io_uring.c", "journey.c", "usdt.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4

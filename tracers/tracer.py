@@ -16,6 +16,7 @@ from rsplice.tracers import layout as layouts
 from rsplice.tracers import operations, usdt
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.counters import Counters, map_sizes
+from rsplice.tracers.journey import Follower
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
 
 IDENTITY = {"off": 0, "sample": 1, "all": 2}
@@ -116,6 +117,7 @@ class Tracer:
     :param follow_all: follow every process of the machine but this one
     :param direct: how kernel memory is read (bpf/access.h); None takes the faster that works
     :param files: with probes of librsplice, as usdt.find() returned them; they are closed
+    :param journeys: the pages to be followed, if any; closed with the tracer
     """
 
     def __init__(
@@ -124,12 +126,14 @@ class Tracer:
         follow_all: bool = False,
         direct: bool | None = None,
         files: Sequence[usdt.File] = (),
+        journeys: Follower | None = None,
     ) -> None:
         self.identity = identity
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
         self.usdt_files: list[str] = []  #: those whose probes are attached
         self._files = files
+        self.journeys = journeys
         self._sizes = map_sizes(possible_cpus())
         try:
             self._begin(direct, follow_all)
@@ -147,6 +151,8 @@ class Tracer:
         self.counters = Counters(
             self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
         )
+        if self.journeys:
+            self.journeys.begin()
 
     def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
         """Compiles and attaches; falls back to the slower reads where the faster are refused."""
@@ -160,6 +166,8 @@ class Tracer:
             "USDT": int(bool(self._files)),
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
+        if self.journeys:
+            defines += self.journeys.defines(btf, layout)
         program = Program(source_text(defines), btf, self.direct)
         try:
             self._fill_tables(program)
@@ -197,6 +205,8 @@ class Tracer:
             loads = {p: pool.submit(program.load, f"tp_{p.tracepoint}", names[p]) for p in names}
             tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
             usdt.attach(program, self._files, self.usdt_files, self.missing)
+        if self.journeys:
+            self.journeys.attach(program, btf, self.attached, self.missing)
         for tail, load in zip(tails, tail_loads, strict=True):
             self._put_tail(program, tail, load)
         for probe in sorted(loads, key=lambda p: p.tracepoint == "sys_exit"):
@@ -248,6 +258,8 @@ class Tracer:
         self.counters.follow(pid)
 
     def close(self) -> None:
+        if self.journeys:
+            self.journeys.close()
         self._program.close()
 
 

@@ -9,6 +9,7 @@ EXAMPLES
   rsplice audit -p 4711 --duration 10         a running process, for ten seconds
   rsplice audit --all --duration 5            the whole machine
   rsplice audit --fail-on 'copied>0' -- ./relay   exit status 120 if anything is copied
+  rsplice audit --journey=2 -- ./relay        and the stories of two pages
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 
 from rsplice.audit import Audit
+from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.errors import EXIT_FAIL_ON, RspliceError
 from rsplice.limits import Limit, parse_limit
@@ -50,6 +52,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="exit with 120 if EXPR holds, e.g. 'copied>10MiB', 'lost>0', violation; repeatable",
     )
+    journeys.prepare_parser(parser)
     parser.add_argument("-q", dest="quiet", action="store_true", help="no report on standard error")
     parser.add_argument(
         "-v", dest="verbose", action="store_true", help="say what is attached, and when"
@@ -60,10 +63,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audits, reports; the exit status is the command's unless something failed."""
     limits = [parse_limit(text) for text in args.fail_on]
-    for path in (args.json, args.html, args.text):
+    journey = journeys.request(args)
+    for path in (args.json, args.html, args.text, args.journey_json):
         _check_writable(path)
     begun = time.monotonic()
-    with open_session(args) as session:
+    with open_session(args, journey=journey) as session:
         if args.verbose:
             _say_attached(session, time.monotonic() - begun)
         with contextlib.suppress(Interrupted), passing_signals(session):
@@ -101,11 +105,12 @@ def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
     from rsplice.dashboards.report import print_report
 
     failure: RspliceError | None = None
-    to_stderr = not (args.quiet or args.text or args.json == "-")
+    to_stderr = not (args.quiet or args.text or "-" in (args.json, args.journey_json))
     for path, render in (
         (args.json, _as_json),
         (args.html, _as_html),
         (args.text, _as_text),
+        (args.journey_json, journeys.as_trace),
     ):
         if path is None:
             continue

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from rsplice.errors import RspliceError
+from rsplice.journey import Request
 from rsplice.session import Session
 
 
@@ -34,12 +35,16 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", nargs="*", metavar="CMD", help="the command, behind --")
 
 
-def open_session(args: argparse.Namespace, output: int | None = None) -> Session:
+def open_session(
+    args: argparse.Namespace, output: int | None = None, journey: Request | None = None
+) -> Session:
     """The session that the options ask for. RspliceError unless they name one target."""
     targets = [bool(args.command), bool(args.pids), args.everything]
     if sum(targets) != 1:
         raise RspliceError("say what to follow: either -- CMD [ARG...], or -p PID, or --all")
-    return Session(args.command, args.pids, args.everything, args.identity, args.user, output)
+    return Session(
+        args.command, args.pids, args.everything, args.identity, args.user, output, journey
+    )
 
 
 def _pids(text: str) -> list[int]:

@@ -182,6 +182,11 @@ int usdt_mark(u64 *ctx)
 	if (key.mark == MARK_PUBLISH || key.mark == MARK_ABORT)
 		close_call(process, values[0], key.mark == MARK_PUBLISH ? ~0ULL : values[1]);
 	add_mark(&key, values, first, key.mark == MARK_PUBLISH ? 5 : 1);
+	journey_mark(process, key.mark, values[0],
+		     key.mark == MARK_PUBLISH
+			     ? values[1] + values[2] + values[3] + values[4] + values[5]
+			     : values[first],
+		     key.detail, key.mark == MARK_PUBLISH || key.mark == MARK_ABORT);
 	return 0;
 }
 #endif

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The stories of pages as text. Names come from anybody: all of them are made safe to show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from rsplice.dashboards.phrases import plural
+from rsplice.dashboards.text import sanitise
+from rsplice.journey import Journeys, Step, Story
+
+_TIME = 10  #: columns
+_WHAT = 14
+_MARGIN = " " * (_TIME + 2)
+_DETAILS_MIN = 20
+
+
+def journey_lines(journeys: Journeys | None, width: int) -> Iterator[Text]:
+    """All stories, no line wider than *width*; nothing where none were asked for."""
+    if journeys is None:
+        return
+    yield from _wrapped(_title(journeys), "", width, style="bold")
+    for story in journeys.stories:
+        yield from _story_lines(story, width)
+    if journeys.events_lost:
+        lost = plural(journeys.events_lost, "event")
+        yield from _wrapped(f"{lost} of journeys lost: stories may lack lines", "", width, "yellow")
+    yield Text()
+
+
+def _title(journeys: Journeys) -> str:
+    pages = plural(len(journeys.stories), "page")
+    if journeys.path:
+        name = sanitise(journeys.path)
+        return f"JOURNEYS: {pages} that entered the page cache of {name}"
+    if not journeys.stories:
+        return "JOURNEYS: no page was seen queued in a pipe"
+    return f"JOURNEYS: {pages}, the first that were seen queued in a pipe"
+
+
+def _story_lines(story: Story, width: int) -> Iterator[Text]:
+    yield from _wrapped(_heading(story), "    ", width, style="bold")
+    start = story.steps[0].time_ns if story.steps else 0
+    before = ""
+    for step in story.steps:
+        yield from _step_lines(step, step.time_ns - start, width)
+        state = _state(step)
+        if state and state != before:
+            yield from _wrapped(_MARGIN + state, _MARGIN, width, style="dim")
+            before = state
+    if story.unkept:
+        unkept = f"and {plural(story.unkept, 'event')} more, which were counted, not kept"
+        yield from _wrapped(_MARGIN + unkept, _MARGIN, width, style="yellow")
+
+
+def _heading(story: Story) -> str:
+    file = f" of {sanitise(story.file)}" if story.file else ""
+    large = f", a folio of {story.pages} pages" if story.pages > 1 else ""
+    end = "freed in the end" if story.freed else "not freed while it was followed"
+    return f"page {story.page}{file}{large}, {end}"
+
+
+def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
+    who = f" [{sanitise(step.comm)} {step.pid}]" if step.pid else ""
+    what = sanitise(step.what).ljust(_WHAT - 1)
+    line = f"{elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
+    indent = " " * (_TIME + 2 + _WHAT) if width >= _TIME + _WHAT + _DETAILS_MIN else "    "
+    yield from _wrapped(line.rstrip(), indent, width)
+
+
+def _state(step: Step) -> str:
+    """The page as it was at a step: "1 reference, in 0 page tables, ..."; "" if not known."""
+    if step.refcount is None or step.mapcount is None or not step.refcount:
+        return ""
+    parts = [plural(step.refcount, "reference"), f"mapped {_times(step.mapcount)}"]
+    parts.append(f"mapping {sanitise(step.mapping)}")
+    if step.flags:
+        parts.append(sanitise(" ".join(step.flags)))
+    return "(" + ", ".join(parts) + ")"
+
+
+def _times(count: int) -> str:
+    return "nowhere" if not count else "once" if count == 1 else f"{count} times"
+
+
+def elapsed(nanoseconds: int) -> str:
+    """ "0", "12.7 us", "1.234 s", since the beginning of a story."""
+    if not nanoseconds:
+        return "0"
+    for unit, factor in (("us", 1e3), ("ms", 1e6)):
+        if nanoseconds < 999.95 * factor:
+            return f"{nanoseconds / factor:.1f} {unit}"
+    return f"{nanoseconds / 1e9:.3f} s"
+
+
+def _wrapped(line: str, indent: str, width: int, style: str = "") -> Iterator[Text]:
+    """*line* on as many lines as it needs, those after the first behind *indent*."""
+    margin = len(line) - len(line.lstrip())
+    words, made = line[margin:].split(" "), line[:margin]
+    empty = True
+    for word in words:
+        while not empty and cell_len(made) + 1 + cell_len(word) > width:
+            yield Text(made.rstrip(), style=style, no_wrap=True)
+            made, empty = indent, True
+        made += word if empty else f" {word}"
+        empty = False
+        while cell_len(made) > width:  # a word that is longer than a line
+            cut = _fitting(made, width)
+            yield Text(made[:cut], style=style, no_wrap=True)
+            made = indent + made[cut:]
+    yield Text(made.rstrip(), style=style, no_wrap=True)
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters of *text* fit into *width* cells."""
+    cells = 0
+    for number, character in enumerate(text):
+        cells += cell_len(character)
+        if cells > width:
+            return number
+    return len(text)

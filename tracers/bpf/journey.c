@@ -1,0 +1,1177 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Journeys: all that happens to a few chosen pages, event by event, in a ring buffer that
+ * journey.py reads and rsplice/journey.py sorts into stories. Attached only when asked for.
+ *
+ * A page is known by the address of its struct page, of the first one of a large folio, from the
+ * moment it is chosen until it is freed: after that the same struct page is another page.
+ */
+#if JOURNEY && HAVE_IDENTITY && IDENTITY
+
+#ifndef PAGE_SIZE
+#define PAGE_SIZE 4096 /* BCC's macro for ring buffers counts in pages */
+#endif
+
+/* The order is that of journey.py. */
+enum step {
+	STEP_QUEUED,
+	STEP_TAKEN,
+	STEP_MOVED,
+	STEP_FILLED,
+	STEP_INSERTED,
+	STEP_REMOVED,
+	STEP_MAPPED,
+	STEP_UNMAPPED,
+	STEP_DIRTIED,
+	STEP_WRITTEN,
+	STEP_LRU,
+	STEP_SENT,
+	STEP_FREED,
+	STEP_MARK,
+};
+
+/* Of STEP_FILLED, and of STEP_QUEUED and STEP_TAKEN. */
+enum how {
+	HOW_PLAIN,
+	HOW_DEVICE,   /* a block device's DMA */
+	HOW_REPLY,    /* copied out of a FUSE reply */
+	HOW_INTERNAL, /* by the pipe within sendfile or copy_file_range */
+	HOW_ONWARD,   /* from another pipe */
+	HOW_TEED,     /* from another pipe, which keeps it */
+	HOW_KEPT,     /* the destination's page cache has this very page */
+};
+
+struct journey_event {
+	u64 time;
+	u64 mapping;
+	u64 flags;
+	u64 index;
+	u64 inode;
+	u64 end;	 /* the other end of the call, as in ends.h */
+	u64 call;	 /* the librsplice call that the thread is in, 0 for none */
+	u64 call_time;	 /* when that reserved */
+	u64 call_filled; /* when it last told of a fill; of a mark: bytes */
+	u64 born;	 /* of the first event of a page: when it was allocated */
+	u64 filled;	 /* and when a device filled it; of a mark: what it is */
+	u32 id;
+	u32 step;
+	u32 via;
+	u32 how;
+	u32 pid; /* 0 where it is not known who */
+	u32 tid;
+	s32 refcount;
+	s32 mapcount;
+	u32 pages;
+	u32 device;
+	u32 born_pid;
+	u32 born_exact;
+	u32 first;
+	u32 direct;
+	char comm[16];
+	char born_comm[16];
+	char name[32];
+};
+BPF_RINGBUF_OUTPUT(journey_ring, JOURNEY_RING_PAGES);
+
+struct journey {
+	u32 id;
+	u32 events;
+	u32 fresh;  /* no event of it yet */
+	u32 mapped; /* in some page table, when last looked at */
+	s32 queued; /* buffers of pipes that hold it, as far as was seen */
+	u32 moved;  /* a FUSE reply has just moved it in */
+};
+BPF_HASH(journeys, u64, struct journey, 2 * JOURNEY_MAX);
+BPF_HASH(journey_claims, u32, u64, 2 * JOURNEY_MAX); /* page number -> page: one wins */
+BPF_ARRAY(journey_pages, u64, JOURNEY_MAX);	     /* the same, for walks; 0 once freed */
+BPF_ARRAY(journey_taken, u32, 1);
+
+enum { UNKEPT_FULL, UNKEPT_RING, NR_UNKEPT };
+BPF_ARRAY(journey_unkept, u64, NR_UNKEPT);
+BPF_HASH(journey_beyond, u32, u64, JOURNEY_MAX); /* page number -> events beyond its share */
+
+/* A file whose page cache is followed: its descriptor in rsplice itself, then its mapping. */
+struct target {
+	u64 fd;
+	u64 mapping;
+};
+BPF_ARRAY(journey_target, struct target, 1);
+
+/* What is known of pages that were allocated lately, in case one is chosen. */
+struct birth {
+	u64 time;
+	u64 filled;
+	u32 pid;
+	u32 exact;
+	char comm[16];
+};
+BPF_TABLE("lru_hash", u64, struct birth, births, 16384);
+
+/* A chosen page that was freed: the call that did it tells only when it returns what it took. */
+struct gone {
+	struct journey journey;
+	u64 time;
+	u32 tid;
+	u32 pad;
+};
+BPF_TABLE("lru_hash", u64, struct gone, journeys_gone, 1024);
+
+/* A page fault that is being served: mm_filemap_fault comes before the page is mapped. */
+struct fault {
+	u64 mapping;
+	u64 index;
+};
+BPF_TABLE("lru_hash", u32, struct fault, journey_faults, 1024);
+
+/* The call of librsplice that a thread is in. */
+struct journey_call {
+	u64 process;
+	u64 id;
+	u64 time;
+	u64 filled;
+	u32 depth; /* calls that are open: with several nobody knows whose a page is */
+	u32 watched;
+};
+BPF_TABLE("lru_hash", u32, struct journey_call, journey_calls, 1024);
+
+static __always_inline void count_unkept(u32 why)
+{
+	u64 *count = journey_unkept.lookup(&why);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
+static __always_inline bool any_journey(void)
+{
+	u32 zero = 0, *taken = journey_taken.lookup(&zero);
+
+	return taken && *taken;
+}
+
+/* A page cannot crowd out others: what it has beyond its share is counted, but for its end. */
+static __always_inline bool within_share(struct journey *journey, u32 step)
+{
+	u64 one = 1, *beyond;
+	u32 id = journey->id;
+
+	__sync_fetch_and_add(&journey->events, 1);
+	if (journey->events <= JOURNEY_SHARE || step == STEP_FREED || step == STEP_REMOVED)
+		return true;
+	beyond = journey_beyond.lookup(&id);
+	if (beyond)
+		__sync_fetch_and_add(beyond, 1);
+	else
+		journey_beyond.update(&id, &one);
+	return false;
+}
+
+/* The last part of the file's name, and its inode. */
+static __always_inline void name_file(struct journey_event *event, u64 mapping)
+{
+	u64 inode, dentry;
+
+	event->mapping = mapping;
+	if (!mapping || mapping & MAPPING_FLAGS)
+		return;
+	inode = read64(mapping + J_MAPPING_HOST);
+	if (!inode)
+		return;
+	event->inode = read64(inode + J_INODE_INO);
+	event->device = read32(read64(inode + INODE_SB) + J_SB_DEV);
+#if J_HAVE_NAME
+	dentry = read64(inode + J_INODE_DENTRY);
+	if (dentry)
+		read_kernel_string(event->name, sizeof(event->name),
+				   (void *)read64(dentry - J_DENTRY_ALIAS + J_DENTRY_NAME));
+#endif
+}
+
+static __always_inline void tell_state(struct journey_event *event, u64 head)
+{
+	event->flags = read64(head + PAGE_FLAGS);
+	event->index = read64(head + J_FOLIO_INDEX);
+	event->refcount = read32(head + PAGE_REFCOUNT);
+	event->pages = pages_of(head);
+	event->mapcount = (s32)read32(head + PAGE_MAPCOUNT) + 1;
+#if HAVE_MAPCOUNT
+	if (event->pages > 1)
+		event->mapcount = (s32)read32(head + FOLIO_MAPCOUNT) + 1;
+#endif
+	if (event->mapcount < 0) /* page_type shares the place */
+		event->mapcount = 0;
+	name_file(event, read64(head + PAGE_MAPPING));
+}
+
+static __always_inline void tell_birth(struct journey_event *event, u64 head)
+{
+	struct birth *birth = births.lookup(&head);
+
+	event->first = 1;
+	if (!birth)
+		return;
+	event->born = birth->time;
+	event->filled = birth->filled;
+	event->born_pid = birth->pid;
+	event->born_exact = birth->exact;
+	__builtin_memcpy(event->born_comm, birth->comm, sizeof(event->born_comm));
+}
+
+static __always_inline void tell_who(struct journey_event *event)
+{
+	u64 id = bpf_get_current_pid_tgid();
+	struct journey_call *call;
+	u32 tid = id;
+
+	event->pid = id >> 32;
+	event->tid = tid;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	call = journey_calls.lookup(&tid);
+	if (!call || call->depth != 1)
+		return;
+	call->watched = 1;
+	event->call = call->id;
+	event->call_time = call->time;
+	event->call_filled = call->filled;
+}
+
+/*
+ * What is to be told of a page. Programs that walk along many pages only note them on the way, and
+ * tell of them in a loop of its own: what is loaded from a map is unknown to the verifier, so that
+ * it need not follow each combination of what may have been found.
+ */
+struct hit {
+	u64 head;
+	u64 time; /* of a page that is gone: when it went */
+	u64 end;
+	u32 step;
+	u32 via;
+	u32 how;
+	u32 direct;
+	u32 nobody; /* the current process has nothing to do with it */
+	u32 pad;
+};
+
+struct hits {
+	u64 nr;
+	struct hit hit[JOURNEY_HITS];
+};
+
+/* Interrupts come in between: each level has a list of its own. */
+enum level { LEVEL_TASK, LEVEL_DISK, LEVEL_NETWORK, NR_LEVELS };
+BPF_TABLE("percpu_array", u32, struct hits, journey_hits, NR_LEVELS);
+
+static __always_inline struct hits *new_hits(u32 level)
+{
+	struct hits *hits = journey_hits.lookup(&level);
+
+	if (hits)
+		hits->nr = 0;
+	return hits;
+}
+
+/* The next free place, which only has its page yet; 0 and counted where there is none. */
+static __always_inline struct hit *add_hit(struct hits *hits, u64 head, u32 step)
+{
+	u64 at = hits->nr;
+	struct hit *hit;
+
+	if (at >= JOURNEY_HITS) {
+		count_unkept(UNKEPT_FULL);
+		return 0;
+	}
+	asm volatile("" : "+r"(at)); /* the verifier must see the bound on the very register */
+	hit = &hits->hit[at & (JOURNEY_HITS - 1)];
+	__builtin_memset(hit, 0, sizeof(*hit));
+	hit->head = head;
+	hit->step = step;
+	hits->nr = at + 1;
+	return hit;
+}
+
+static __always_inline void tell(struct journey *journey, struct hit *hit)
+{
+	struct journey_event *event;
+
+	if (!within_share(journey, hit->step))
+		return;
+	event = journey_ring.ringbuf_reserve(sizeof(*event));
+	if (!event) {
+		count_unkept(UNKEPT_RING);
+		return;
+	}
+	__builtin_memset(event, 0, sizeof(*event));
+	event->time = hit->time ? hit->time : bpf_ktime_get_ns();
+	event->id = journey->id;
+	event->step = hit->step;
+	event->via = hit->via;
+	event->how = hit->how;
+	event->end = hit->end;
+	event->direct = hit->direct;
+	if (!hit->nobody)
+		tell_who(event);
+	if (!hit->time) /* else the page is somebody else's by now */
+		tell_state(event, hit->head);
+	if (journey->fresh) {
+		journey->fresh = 0;
+		tell_birth(event, hit->head);
+	}
+	journey_ring.ringbuf_submit(event, 0);
+}
+
+static __always_inline void tell_hits(struct hits *hits)
+{
+	u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < JOURNEY_HITS; i++) {
+		struct hit *hit = &hits->hit[i];
+		struct journey *journey;
+		struct gone *gone;
+		u64 head;
+
+		if (i >= hits->nr)
+			break;
+		head = hit->head; /* 0 finds nothing */
+		if (hit->time) {
+			gone = journeys_gone.lookup(&head);
+			journey = gone ? &gone->journey : 0;
+		} else {
+			journey = journeys.lookup(&head);
+		}
+		if (journey)
+			tell(journey, hit);
+	}
+}
+
+/* Adds a page, unless enough are followed already. */
+static __always_inline struct journey *choose(u64 head)
+{
+	struct journey new = {.fresh = 1};
+	u32 zero = 0, *taken = journey_taken.lookup(&zero), id;
+
+	if (!taken || *taken >= JOURNEY_MAX)
+		return 0;
+	id = *taken;
+	if (journey_claims.insert(&id, &head)) /* another CPU has this number */
+		return 0;
+	*taken = id + 1;
+	new.id = id;
+	new.mapped = (s32)read32(head + PAGE_MAPCOUNT) >= 0;
+	if (journeys.insert(&head, &new))
+		return 0;
+	journey_pages.update(&id, &head);
+	return journeys.lookup(&head);
+}
+
+static __always_inline u64 target_mapping(void)
+{
+	u32 zero = 0;
+	struct target *target = journey_target.lookup(&zero);
+
+	return target ? target->mapping : 0;
+}
+
+/* The journey of a page that is in a page cache, begun here if it is the chosen file's. */
+static __always_inline struct journey *journey_of_cached(u64 head)
+{
+	struct journey *journey = journeys.lookup(&head);
+
+	if (journey || !JOURNEY_FILE)
+		return journey;
+	if (read64(head + PAGE_MAPPING) != target_mapping() || !current_process())
+		return 0;
+	return choose(head);
+}
+
+/* --- allocation ---------------------------------------------------------------------------- */
+
+int jt_mm_page_alloc(u64 *ctx)
+{
+	u64 page = tracepoint_arg(ctx, 0);
+	struct birth birth = {.exact = 1};
+
+	if (!page)
+		return 0;
+	journeys_gone.delete(&page);
+	if (!current_process())
+		return 0;
+	birth.time = bpf_ktime_get_ns();
+	birth.pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(birth.comm, sizeof(birth.comm));
+	births.update(&page, &birth);
+	return 0;
+}
+
+int jt_mm_page_free(u64 *ctx)
+{
+	u64 page = tracepoint_arg(ctx, 0), none = 0;
+	struct journey *journey = journeys.lookup(&page);
+	struct hit hit = {.head = page, .step = STEP_FREED};
+	struct gone gone = {};
+	u32 id;
+
+	births.delete(&page);
+	if (!journey)
+		return 0;
+	tell(journey, &hit);
+	gone.journey = *journey;
+	gone.time = bpf_ktime_get_ns();
+	gone.tid = bpf_get_current_pid_tgid();
+	journeys_gone.update(&page, &gone);
+	id = journey->id;
+	journeys.delete(&page);
+	journey_pages.update(&id, &none);
+	return 0;
+}
+
+/* --- block devices ------------------------------------------------------------------------- */
+
+#if J_HAVE_BLOCK
+#define MAX_BIO_PAGES 256
+#define REQ_OP_MASK   0xff
+#define REQ_OP_READ   0
+#define REQ_OP_WRITE  1
+
+/* A walk along the pages of a bio, or of all bios of a request. In a map for the verifier. */
+struct bio_walk {
+	u64 next; /* bio */
+	u64 vecs;
+	u64 page;
+	u64 last; /* the folio before */
+	u32 nr;
+	u32 at;
+	u32 left;
+	u32 op;
+};
+BPF_TABLE("percpu_array", u32, struct bio_walk, bio_walks, NR_LEVELS);
+
+static __always_inline void enter_bio(struct bio_walk *walk, u64 bio, bool request)
+{
+	walk->vecs = read64(bio + J_BIO_VECS);
+	walk->nr = read16(bio + J_BIO_VCNT);
+	walk->next = request ? read64(bio + J_BIO_NEXT) : 0;
+	walk->at = walk->left = 0;
+}
+
+static __always_inline struct bio_walk *start_bio(u32 level, u64 bio, bool request)
+{
+	struct bio_walk *walk = bio_walks.lookup(&level);
+
+	if (!walk || !bio)
+		return 0;
+	walk->op = (u32)read32(bio + J_BIO_OPF) & REQ_OP_MASK;
+	walk->last = walk->page = 0;
+	enter_bio(walk, bio, request);
+	return walk->op <= REQ_OP_WRITE ? walk : 0;
+}
+
+/* The folio of the next page; 0 behind the last, SAME_FOLIO where there is none to look at. */
+#define SAME_FOLIO 1
+static __always_inline u64 next_folio(struct bio_walk *walk)
+{
+	u64 vec, head;
+	u32 offset;
+
+	if (!walk->left) {
+		if (walk->at >= walk->nr) {
+			if (!walk->next)
+				return 0;
+			enter_bio(walk, walk->next, true);
+			return SAME_FOLIO;
+		}
+		vec = walk->vecs + (u64)walk->at++ * J_BVEC_SIZE;
+		offset = read32(vec + J_BVEC_OFFSET);
+		walk->page = read64(vec + J_BVEC_PAGE) + (u64)(offset >> 12) * PAGE_SIZE_OF;
+		walk->left = ((offset & 4095) + (u32)read32(vec + J_BVEC_LEN) + 4095) >> 12;
+		if (!walk->left)
+			return SAME_FOLIO;
+	}
+	head = head_of(walk->page);
+	walk->page += PAGE_SIZE_OF;
+	walk->left--;
+	if (head == walk->last)
+		return SAME_FOLIO;
+	walk->last = head;
+	return head;
+}
+
+/*
+ * Pages that are allocated in bulk, as those of an O_DIRECT splice are (copy_splice_read(),
+ * fs/splice.c, 6.5), pass no tracepoint then: alloc_pages_bulk() has none. That they are given to
+ * a device is the first that is seen of them.
+ */
+int jt_block_bio_queue(u64 *ctx)
+{
+	struct birth birth = {};
+	struct bio_walk *walk;
+	u32 i;
+
+	if (!current_process())
+		return 0;
+	walk = start_bio(LEVEL_TASK, tracepoint_arg(ctx, J_BIO_ARGUMENT), false);
+	if (!walk || walk->op != REQ_OP_READ)
+		return 0;
+	birth.time = bpf_ktime_get_ns();
+	birth.pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(birth.comm, sizeof(birth.comm));
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_BIO_PAGES; i++) {
+		u64 head = next_folio(walk);
+
+		if (!head)
+			break;
+		if (head != SAME_FOLIO && !read64(head + PAGE_MAPPING))
+			births.insert(&head, &birth);
+	}
+	return 0;
+}
+
+static __always_inline void tell_transfer(u64 bio, bool request)
+{
+	struct bio_walk *walk = start_bio(LEVEL_DISK, bio, request);
+	struct hits *hits = new_hits(LEVEL_DISK);
+	u64 now = bpf_ktime_get_ns();
+	u32 i;
+
+	if (!hits || !walk)
+		return;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_BIO_PAGES; i++) {
+		u64 head = next_folio(walk);
+		struct birth *birth;
+		struct hit *hit;
+
+		if (!head)
+			break;
+		if (head == SAME_FOLIO)
+			continue;
+		forget(); /* loaded anew it is unknown, whichever way it was found */
+		head = walk->last;
+		if (journeys.lookup(&head)) {
+			hit = add_hit(hits, head, walk->op ? STEP_WRITTEN : STEP_FILLED);
+			if (hit) {
+				hit->how = HOW_DEVICE;
+				hit->nobody = 1;
+			}
+			continue;
+		}
+		birth = births.lookup(&head);
+		if (birth && !walk->op && !birth->filled)
+			birth->filled = now;
+	}
+	tell_hits(hits);
+}
+
+/* What goes through a request queue; a request may complete in parts, the last of which counts. */
+int jt_block_rq_complete(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 0);
+
+	if (!(u8)tracepoint_arg(ctx, 1) &&
+	    (u32)tracepoint_arg(ctx, 2) >= (u32)read32(request + J_RQ_LENGTH))
+		tell_transfer(read64(request + J_RQ_BIO), true);
+	return 0;
+}
+
+/* What does not: devices that are made of others, or of memory. */
+int jt_block_bio_complete(u64 *ctx)
+{
+	u64 bio = tracepoint_arg(ctx, 1);
+
+	if (!read8(bio + J_BIO_STATUS))
+		tell_transfer(bio, false);
+	return 0;
+}
+#endif
+
+/* --- page caches --------------------------------------------------------------------------- */
+
+static __always_inline void tell_known(u64 head, u32 step)
+{
+	struct journey *journey = journeys.lookup(&head);
+	struct hit hit = {.head = head, .step = step};
+
+	if (journey)
+		tell(journey, &hit);
+}
+
+int jt_mm_filemap_add_to_page_cache(u64 *ctx)
+{
+	u64 head = tracepoint_arg(ctx, 0);
+	struct journey *journey = journey_of_cached(head);
+	struct hit hit = {.head = head, .step = STEP_INSERTED};
+
+	if (journey)
+		tell(journey, &hit);
+	return 0;
+}
+
+int jt_mm_filemap_delete_from_page_cache(u64 *ctx)
+{
+	tell_known(tracepoint_arg(ctx, 0), STEP_REMOVED);
+	return 0;
+}
+
+int jt_writeback_dirty_folio(u64 *ctx)
+{
+	tell_known(tracepoint_arg(ctx, 0), STEP_DIRTIED);
+	return 0;
+}
+
+int jt_mm_lru_insertion(u64 *ctx)
+{
+	tell_known(tracepoint_arg(ctx, 0), STEP_LRU);
+	return 0;
+}
+
+/* --- page tables --------------------------------------------------------------------------- */
+
+static __always_inline bool is_mapped(u64 head)
+{
+#if HAVE_MAPCOUNT
+	if (pages_of(head) > 1)
+		return (s32)read32(head + FOLIO_MAPCOUNT) >= 0;
+#endif
+	return (s32)read32(head + PAGE_MAPCOUNT) >= 0;
+}
+
+/* Looks which of the pages are mapped now and were not before, or the other way round. */
+static __always_inline void look_at_mapped(u64 mapping, u64 first, u64 last)
+{
+	struct hits *hits = new_hits(LEVEL_TASK);
+	u32 i;
+
+	if (!hits)
+		return;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < JOURNEY_MAX; i++) {
+		u32 id = i;
+		u64 *page = journey_pages.lookup(&id), head, index;
+		struct journey *journey;
+		struct hit *hit;
+		bool mapped, ours;
+
+		if (!page || !*page)
+			continue;
+		head = *page;
+		journey = journeys.lookup(&head);
+		if (!journey)
+			continue;
+		mapped = is_mapped(head);
+		index = read64(head + J_FOLIO_INDEX);
+		ours = mapping && read64(head + PAGE_MAPPING) == mapping && index <= last &&
+		       index + pages_of(head) > first;
+		/* Who unmapped it is not told: whoever notices need not have done it. */
+		if (mapped == (journey->mapped != 0) || (mapped && !ours))
+			continue;
+		journey->mapped = mapped;
+		hit = add_hit(hits, head, mapped ? STEP_MAPPED : STEP_UNMAPPED);
+		if (hit)
+			hit->nobody = !mapped;
+	}
+	tell_hits(hits);
+}
+
+/* Fault-around has mapped what it found of a range. */
+int jt_mm_filemap_map_pages(u64 *ctx)
+{
+	if (any_journey())
+		look_at_mapped(tracepoint_arg(ctx, 0), tracepoint_arg(ctx, 1),
+			       tracepoint_arg(ctx, 2));
+	return 0;
+}
+
+int jt_mm_filemap_fault(u64 *ctx)
+{
+	struct fault fault = {.mapping = tracepoint_arg(ctx, 0), .index = tracepoint_arg(ctx, 1)};
+	u32 tid = bpf_get_current_pid_tgid();
+
+	if (current_process())
+		journey_faults.update(&tid, &fault);
+	return 0;
+}
+
+/* Whatever is mapped or unmapped is counted right after: finish_fault() (mm/memory.c, 6.2). */
+int jt_rss_stat(u64 *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct fault *fault;
+
+	if (!any_journey())
+		return 0;
+	fault = journey_faults.lookup(&tid);
+	look_at_mapped(fault ? fault->mapping : 0, fault ? fault->index : 0,
+		       fault ? fault->index : 0);
+	return 0;
+}
+
+/* --- FUSE replies and sockets -------------------------------------------------------------- */
+
+#if HAVE_FUSE
+/* Runs before fuse.c's program, which forgets what the request looked like before. */
+int jt_fuse_request_end(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 0), array = 0, key = request;
+	u64 nr = pages_waiting(request, &array);
+	struct fuse_read *before = fuse_reads.lookup(&key);
+	struct hits *hits = new_hits(LEVEL_TASK);
+	u32 i;
+
+	if (!hits || !before || !nr || read32(request + J_FUSE_ERROR))
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_FUSE_PAGES; i++) {
+		u64 page, head;
+		struct journey *journey;
+		struct hit *hit;
+		bool same;
+
+		if (i >= nr)
+			break;
+		page = read64(array + i * 8);
+		same = page == before->pages[i];
+		head = head_of(page);
+		journey = same ? journeys.lookup(&head) : journey_of_cached(head);
+		if (!journey)
+			continue;
+		journey->moved = !same;
+		hit = add_hit(hits, head, same ? STEP_FILLED : STEP_MOVED);
+		if (!hit)
+			continue;
+		hit->how = same ? HOW_REPLY : HOW_PLAIN;
+		hit->via = VIA_FUSE_REPLY;
+		hit->end = END_FUSE_DEVICE;
+	}
+	tell_hits(hits);
+	return 0;
+}
+#endif
+
+#if HAVE_NETWORK
+int jt_net_dev_start_xmit(u64 *ctx)
+{
+	u64 skb = tracepoint_arg(ctx, 0), info, last = 0;
+	struct hits *hits = new_hits(LEVEL_NETWORK);
+	u32 i, nr;
+
+	if (!hits || !any_journey())
+		return 0;
+	info = read64(skb + SKB_HEAD) + read32(skb + SKB_END);
+	nr = read8(info + SHINFO_NR_FRAGS);
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_SKB_FRAGS; i++) {
+		struct hit *hit;
+		u64 head;
+
+		if (i >= nr)
+			break;
+		head = head_of(read64(info + SHINFO_FRAGS + i * FRAG_SIZE + FRAG_PAGE) & ~3ULL);
+		if (head == last)
+			continue;
+		last = head;
+		if (!journeys.lookup(&head))
+			continue;
+		hit = add_hit(hits, head, STEP_SENT);
+		if (hit)
+			hit->nobody = 1;
+	}
+	tell_hits(hits);
+	return 0;
+}
+#endif
+
+/* --- pipes --------------------------------------------------------------------------------- */
+
+/* The slots of a pipe that one call filled or emptied. In a map for the verifier, as in pages.h. */
+struct scan {
+	u64 pipe;
+	u64 bufs;
+	u64 bytes;
+	u64 mapping; /* of the source: pages that are still in there are still the same */
+	u64 target;  /* mapping of the destination */
+	u64 head;    /* of the slot looked at */
+	u64 given;   /* bytes of the call that came out of a buffer that is not empty yet */
+	struct end end;
+	u32 mask;
+	u32 newest; /* slot behind the last */
+	u32 slots;
+	u32 full; /* the newest so many still hold their page */
+	u32 step;
+	u32 via;
+	u32 how;
+	u32 tid;
+};
+BPF_TABLE("percpu_array", u32, struct scan, journey_scans, 1);
+BPF_PROG_ARRAY(journey_programs, 2);
+
+static __always_inline u32 fullness(u64 pipe)
+{
+	u32 full = pipe_index(pipe + PIPE_HEAD) - pipe_index(pipe + PIPE_TAIL);
+
+	return PIPE_HEAD_SIZE == 2 ? full & 0xffff : full;
+}
+
+/*
+ * How many slots, from the newest backwards, hold so many bytes. A buffer that was read has lost
+ * its length to its offset: the sum of both is its size, or more, so that too few slots are taken
+ * for the call's rather than too many.
+ */
+static __always_inline void count_slots(struct scan *scan)
+{
+	u32 size = scan->mask + 1, i;
+	u64 total = scan->given;
+
+	scan->slots = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_SLOTS; i++) {
+		u64 slot = slot_at(scan->bufs, scan->newest - 1 - i, scan->mask);
+
+		if (i >= size || total >= scan->bytes)
+			break;
+		total += (u32)read32(slot + BUF_LEN);
+		if (scan->step == STEP_TAKEN || i >= scan->full)
+			total += (u32)read32(slot + J_BUF_OFFSET);
+		scan->slots++;
+	}
+}
+
+static __always_inline void open_pipe(struct scan *scan, u64 pipe)
+{
+	scan->pipe = pipe;
+	scan->bufs = read64(pipe + PIPE_BUFS);
+	scan->mask = read32(pipe + PIPE_RING_SIZE) - 1;
+}
+
+static __always_inline void scan_queued(struct scan *scan, u64 pipe)
+{
+	open_pipe(scan, pipe);
+	scan->step = STEP_QUEUED;
+	scan->newest = pipe_index(pipe + PIPE_HEAD);
+	scan->full = fullness(pipe);
+	scan->given = 0;
+}
+
+/* The slots that were emptied; a buffer that is left in part has given up to its offset. */
+static __always_inline void scan_taken(struct scan *scan, u64 pipe)
+{
+	open_pipe(scan, pipe);
+	scan->step = STEP_TAKEN;
+	scan->newest = pipe_index(pipe + PIPE_TAIL);
+	scan->full = 0;
+	scan->given = 0;
+	if (fullness(pipe))
+		scan->given =
+			(u32)read32(slot_at(scan->bufs, scan->newest, scan->mask) + J_BUF_OFFSET);
+}
+
+/* The pipe within sendfile: empty again, but its slots still show the pages of the last round. */
+static __always_inline void scan_internal(struct scan *scan, u64 task)
+{
+	u64 pipe = read64(task + TASK_SPLICE_PIPE);
+	u32 slots = (scan->bytes + 4095) >> 12;
+
+	scan->slots = 0;
+	if (!pipe)
+		return;
+	open_pipe(scan, pipe);
+	scan->step = STEP_QUEUED;
+	scan->how = HOW_INTERNAL;
+	scan->slots = slots <= scan->mask ? slots : scan->mask + 1;
+	scan->newest = scan->slots;
+	scan->full = 0;
+}
+
+/* How many pages may still be chosen out of a pipe. */
+static __always_inline u32 room_for_pages(void)
+{
+	u32 zero = 0, *taken = journey_taken.lookup(&zero);
+
+	return taken && !JOURNEY_FILE && *taken < JOURNEY_MAX ? JOURNEY_MAX - *taken : 0;
+}
+
+/* Notes the pages in the slots that are followed, or may be chosen. */
+static __always_inline void note_slots(struct scan *scan, struct hits *hits)
+{
+	u32 room = scan->step == STEP_QUEUED ? room_for_pages() : 0, i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_SLOTS; i++) {
+		u32 back = scan->slots - 1 - i;
+		u64 page, head;
+		struct hit *hit;
+
+		if (i >= scan->slots)
+			break;
+		page = read64(slot_at(scan->bufs, scan->newest - 1 - back, scan->mask) + BUF_PAGE);
+		if (!page)
+			continue;
+		scan->head = head_of(page);
+		forget(); /* loaded anew it is unknown, whichever way it was found */
+		head = scan->head;
+		if (hits->nr >= room && !journeys.lookup(&head) && !journeys_gone.lookup(&head))
+			continue;
+		hit = add_hit(hits, head, scan->step);
+		if (hit)
+			hit->direct = back;
+	}
+}
+
+/* Whether a page in a slot is followed, from here on if need be. */
+static __always_inline bool is_queued(struct scan *scan, struct hit *hit)
+{
+	struct journey *journey;
+	u64 head = hit->head;
+
+	/* A reader was faster: the page may have been freed, and be another by now. */
+	if (hit->direct >= scan->full &&
+	    (!scan->mapping || read64(head + PAGE_MAPPING) != scan->mapping))
+		return false;
+	journey = journeys.lookup(&head);
+	if (!journey && !JOURNEY_FILE)
+		journey = choose(head);
+	if (journey && scan->how != HOW_INTERNAL && scan->how != HOW_ONWARD)
+		__sync_fetch_and_add(&journey->queued, 1);
+	return journey;
+}
+
+/* Whether a page that was taken out of a slot is followed. */
+static __always_inline bool is_taken(struct scan *scan, struct hit *hit)
+{
+	u64 head = hit->head;
+	struct gone *gone = journeys_gone.lookup(&head);
+	struct journey *journey;
+
+	if (gone && gone->tid == scan->tid) {
+		hit->time = gone->time;
+		gone->tid = 0;
+		return gone->journey.queued > 0;
+	}
+	journey = journeys.lookup(&head);
+	if (!journey || journey->queued <= 0)
+		return false;
+	__sync_fetch_and_add(&journey->queued, -1);
+	if (journey->moved && scan->end.id == END_FUSE_DEVICE) {
+		journey->moved = 0; /* told already */
+		return false;
+	}
+	return true;
+}
+
+/* Fills in what is to be told of a page; forgets it if nothing is. */
+static __always_inline void complete_hit(struct scan *scan, struct hit *hit)
+{
+	u64 head = hit->head;
+
+	if (scan->step == STEP_QUEUED ? !is_queued(scan, hit) : !is_taken(scan, hit)) {
+		hit->head = 0;
+		return;
+	}
+	hit->via = scan->via;
+	hit->end = scan->end.id;
+	hit->direct = scan->end.direct;
+	hit->how = scan->how;
+	if (scan->step == STEP_TAKEN && scan->target && !hit->time &&
+	    read64(head + PAGE_MAPPING) == scan->target)
+		hit->how = HOW_KEPT;
+}
+
+static __always_inline void complete_hits(struct scan *scan, struct hits *hits)
+{
+	u32 i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < JOURNEY_HITS; i++) {
+		if (i >= hits->nr)
+			break;
+		complete_hit(scan, &hits->hit[i]);
+	}
+}
+
+static __always_inline bool is_pipe(u64 file)
+{
+	return file && (read16(read64(file + FILE_INODE) + INODE_MODE) & S_IFMT) == S_IFIFO;
+}
+
+/* Which slots a call filled or emptied. False where there are none. */
+static __always_inline bool find_slots(struct scan *scan, u64 task, u64 regs, u32 shape)
+{
+	u64 first = file_of(task, read64(regs + REGS_ARG0)), source = USER_MEMORY, other = first;
+	u64 second_fd = read64(
+		regs + (shape == SHAPE_TEE || shape == SHAPE_SENDFILE ? REGS_ARG1 : REGS_ARG2));
+	bool from_pipe, to_pipe;
+
+	switch (shape) {
+	case SHAPE_READ:
+		source = first;
+		other = USER_MEMORY;
+		break;
+	case SHAPE_WRITE:
+		break;
+	case SHAPE_VMSPLICE:
+		if (!(read32(first + FILE_MODE) & FMODE_WRITE)) {
+			source = first;
+			other = USER_MEMORY;
+		}
+		break;
+	case SHAPE_SPLICE:
+	case SHAPE_TEE:
+	case SHAPE_COPY_FILE_RANGE:
+		source = first;
+		other = file_of(task, second_fd);
+		break;
+	case SHAPE_SENDFILE:
+		source = file_of(task, second_fd);
+		break;
+	default:
+		return false;
+	}
+	from_pipe = source > USER_MEMORY && is_pipe(source);
+	to_pipe = other > USER_MEMORY && is_pipe(other);
+	scan->how = HOW_PLAIN;
+	scan->mapping = source > USER_MEMORY ? read64(source + FILE_MAPPING) : 0;
+	scan->target = other > USER_MEMORY ? read64(other + FILE_MAPPING) : 0;
+	if (from_pipe)
+		scan->mapping = 0;
+	fill_end(&scan->end, from_pipe && !to_pipe ? other : source);
+	if (scan->end.id == END_FUSE_DEVICE)
+		scan->via = VIA_FUSE_REPLY;
+	if (to_pipe && (shape != SHAPE_SENDFILE || SENDFILE_INTO_PIPE)) {
+		if (from_pipe)
+			scan->how = shape == SHAPE_TEE ? HOW_TEED : HOW_ONWARD;
+		scan_queued(scan, pipe_of(other));
+	} else if (from_pipe) {
+		scan_taken(scan, pipe_of(source));
+	} else if (shape == SHAPE_SENDFILE || shape == SHAPE_COPY_FILE_RANGE) {
+		scan_internal(scan, task);
+	} else {
+		return false;
+	}
+	return true;
+}
+
+/* rsplice opens the file to be followed; what is behind its descriptor is found out here. */
+static __always_inline void find_target(u64 task)
+{
+	u32 zero = 0;
+	struct target *target = journey_target.lookup(&zero);
+
+	if (target && target->fd && !target->mapping)
+		target->mapping = read64(file_of(task, target->fd - 1) + FILE_MAPPING);
+}
+
+int jt_sys_exit(u64 *ctx)
+{
+	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, *entry;
+	u32 index = nr & (TABLE_SIZE - 1), zero = 0;
+	s64 ret = tracepoint_arg(ctx, 1);
+	struct scan *scan;
+
+	entry = call_table.lookup(&index);
+	if (!entry || !(u32)*entry || ret <= 0)
+		return 0;
+	task = bpf_get_current_task();
+	if (JOURNEY_FILE && bpf_get_current_pid_tgid() >> 32 == SELF_PID)
+		find_target(task);
+	if (!process_of_task(task) || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
+		return 0;
+	scan = journey_scans.lookup(&zero);
+	if (!scan)
+		return 0;
+	scan->bytes = ret;
+	scan->via = *entry >> 8 & 0xff;
+	scan->tid = bpf_get_current_pid_tgid();
+	if (find_slots(scan, task, regs, *entry & 0xff))
+		journey_programs.call(ctx, 0);
+	return 0;
+}
+
+/* Walks the slots. Programs of their own for the verifier's sake, as tp_walk is. */
+int jt_scan(u64 *ctx)
+{
+	u32 zero = 0;
+	struct scan *scan = journey_scans.lookup(&zero);
+	struct hits *hits = new_hits(LEVEL_TASK);
+
+	if (!scan || !hits)
+		return 0;
+	if (scan->how != HOW_INTERNAL)
+		count_slots(scan);
+	note_slots(scan, hits);
+	journey_programs.call(ctx, 1);
+	return 0;
+}
+
+int jt_complete(u64 *ctx)
+{
+	u32 zero = 0, level = LEVEL_TASK;
+	struct scan *scan = journey_scans.lookup(&zero);
+	struct hits *hits = journey_hits.lookup(&level);
+
+	if (!scan || !hits)
+		return 0;
+	complete_hits(scan, hits);
+	tell_hits(hits);
+	return 0;
+}
+
+/* --- librsplice ---------------------------------------------------------------------------- */
+
+static __always_inline void tell_mark(struct journey_call *call, u32 mark, u64 bytes, u32 detail)
+{
+	struct journey_event *event = journey_ring.ringbuf_reserve(sizeof(*event));
+	u64 id = bpf_get_current_pid_tgid();
+
+	if (!event) {
+		count_unkept(UNKEPT_RING);
+		return;
+	}
+	__builtin_memset(event, 0, sizeof(*event));
+	event->time = bpf_ktime_get_ns();
+	event->step = STEP_MARK;
+	event->pid = id >> 32;
+	event->tid = id;
+	event->call = call->id;
+	event->call_time = call->time;
+	event->call_filled = bytes;
+	event->filled = mark;
+	event->how = detail;
+	journey_ring.ringbuf_submit(event, 0);
+}
+
+/* A probe of librsplice: told if a page of the call is followed, kept in case one will be. */
+static __always_inline void journey_mark(u64 process, u32 mark, u64 id, u64 bytes, u32 detail,
+					 bool ends)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct journey_call *call = journey_calls.lookup(&tid);
+	struct journey_call new = {.process = process, .id = id, .depth = 1};
+
+	if (!mark) { /* reserve */
+		if (call && call->process == process) {
+			call->depth++;
+			return;
+		}
+		new.time = bpf_ktime_get_ns();
+		journey_calls.update(&tid, &new);
+		return;
+	}
+	if (!call || call->process != process)
+		return;
+	if (call->id == id && call->watched && call->depth == 1)
+		tell_mark(call, mark, bytes, detail);
+	else if (call->id == id && mark == 1)
+		call->filled = bpf_ktime_get_ns();
+	if (!ends)
+		return;
+	if (call->depth > 1)
+		call->depth--;
+	else
+		journey_calls.delete(&tid);
+}
+#else
+static __always_inline void journey_mark(u64 process, u32 mark, u64 id, u64 bytes, u32 detail,
+					 bool ends)
+{
+}
+#endif
