@@ -11,7 +11,7 @@ CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability 
 	--inline-suppr --error-exitcode=1
 BPF_FILES := $(wildcard tracers/bpf/*.[ch])
 
-.PHONY: live test setup setup-test setup-bench lint bench clean
+.PHONY: live test setup setup-test setup-bench lint bench fuzz clean
 
 live: setup
 	@.ci/as-root $(BIN)/rsplice live
@@ -38,6 +38,13 @@ lint: setup-test
 bench: setup-bench
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks.performance
+
+# What it finds stands in build/fuzz/found.
+FUZZ_SECONDS ?= 600
+fuzz: setup-test
+	@mkdir -p build/fuzz/tmp
+	@.ci/as-root env TMPDIR=$(CURDIR)/build/fuzz/tmp $(MAKE) --no-print-directory -C tests/c \
+		BUILD=$(CURDIR)/build/fuzz run-fuzz FUZZ_SECONDS=$(FUZZ_SECONDS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
