@@ -73,7 +73,7 @@ def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
 
 def _state(step: Step) -> str:
     """The page as it was at a step: "1 reference, in 0 page tables, ..."; "" if not known."""
-    if step.refcount is None or step.mapcount is None or not step.refcount:
+    if step.refcount is None or step.mapcount is None or step.what == "freed":
         return ""
     parts = [plural(step.refcount, "reference"), f"mapped {_times(step.mapcount)}"]
     parts.append(f"mapping {sanitise(step.mapping)}")

@@ -57,7 +57,7 @@ class Event:
     call_filled: int = 0  #: when that told of a fill, 0 if it has not
     nbytes: int = 0  #: of a mark
     is_mark: bool = False
-    refcount: int = 0  #: 0 where the state is not known, for nobody can look at such a page
+    refcount: int = -1  #: -1 where the state is not known
     mapcount: int = 0
     flags: tuple[str, ...] = ()
     anonymous: bool = False
@@ -177,7 +177,7 @@ def _story(page: int, events: list[Event], marks: Mapping[tuple[int, ...], list[
     end = min(ends) if ends else None
     # What a call took is told when it returns. By then it may have freed the page.
     ordered = sorted(events, key=lambda e: _when(e, end))
-    steps = [*_births(ordered)]
+    steps = _births(ordered, _when(ordered[0], end)[0])
     steps += [(_when(event, end), _step(event, _when(event, end)[0])) for event in ordered]
     steps += _marks(ordered, marks, end)
     steps.sort(key=lambda pair: pair[0])
@@ -189,36 +189,39 @@ def _story(page: int, events: list[Event], marks: Mapping[tuple[int, ...], list[
     )
 
 
-def _when(event: Event, end: int | None) -> tuple[int, int]:
-    """Where an event belongs: its time, and its rank among those of the same time."""
+#: Where a step belongs: its time, its rank among those of that time, and when it was told.
+_Place = tuple[int, int, int]
+
+
+def _when(event: Event, end: int | None) -> _Place:
+    """Where an event belongs: what is told after the end of a page was before it."""
     if end is None or event.time < end:
-        return event.time, 3
-    return end, 5 if event.step == "freed" else 3
+        return event.time, 3, event.time
+    return end, 5 if event.step == "freed" else 3, event.time
 
 
-def _births(ordered: Sequence[Event]) -> list[tuple[tuple[int, int], Step]]:
-    """How the story begins: with the page's allocation if that was seen, else as it is found."""
+def _births(ordered: Sequence[Event], start: int) -> list[tuple[_Place, Step]]:
+    """How the story begins: with the page's allocation if that was seen, else as it is found.
+
+    :param start: when the first of the other events was
+    """
     first = next((event for event in ordered if event.first), None)
-    earliest = ordered[0]
     if first is None or not first.born:
-        detail = "it had been allocated before"
-        time = earliest.time if first is None else min(earliest.time, first.time)
-        begin = Step(time, "found", detail, **_state(earliest))
-        return [((time, 0), begin)] + _device_fill(first)
-    detail = "" if first.born_exact else "by then: its allocation passes no tracepoint"
-    birth = Step(first.born, "allocated", detail, first.born_pid, first.born_comm)
-    return [((min(first.born, earliest.time), 0), birth)] + _device_fill(first)
-
-
-def _device_fill(first: Event | None) -> list[tuple[tuple[int, int], Step]]:
-    if first is None or not first.filled:
-        return []
-    return [((first.filled, 1), Step(first.filled, "filled", "by a device"))]
+        begin = Step(start, "found", "it had been allocated before", **_state(ordered[0]))
+    else:
+        detail = "" if first.born_exact else "by then: its allocation passes no tracepoint"
+        born = min(first.born, start)
+        begin = Step(born, "allocated", detail, first.born_pid, first.born_comm)
+    steps = [((begin.time_ns, 0, 0), begin)]
+    if first is not None and first.filled:
+        time = min(max(first.filled, begin.time_ns), start)
+        steps.append(((time, 1, 0), Step(time, "filled", "by a device")))
+    return steps
 
 
 def _marks(
     ordered: Sequence[Event], marks: Mapping[tuple[int, ...], list[Event]], end: int | None
-) -> list[tuple[tuple[int, int], Step]]:
+) -> list[tuple[_Place, Step]]:
     """What librsplice told of the calls that the page was in."""
     calls = {_call_of(event): event for event in ordered if event.call_time}
     fills = {(_call_of(e), e.call_filled): e for e in ordered if e.call_time and e.call_filled}
@@ -232,14 +235,14 @@ def _marks(
 
 def _mark(
     event: Event, time: int, word: str, end: int | None, nbytes: int | None = None
-) -> tuple[tuple[int, int], Step]:
+) -> tuple[_Place, Step]:
     size = "" if nbytes is None else f" {nbytes} bytes"
     step = Step(time, _MARK, f"{word}{size} (call {event.call})", event.pid, event.comm)
     # A story ends with its page: that the call goes on is told at the end, not behind it.
     if end is not None and time > end:
         step.detail += ", after the page was freed"
-        return (end, 4), Step(**{**vars(step), "time_ns": end})
-    return (time, 2), step
+        return (end, 4, time), Step(**{**vars(step), "time_ns": end})
+    return (time, 2, time), step
 
 
 def _step(event: Event, time: int) -> Step:
@@ -249,7 +252,7 @@ def _step(event: Event, time: int) -> Step:
 
 def _state(event: Event) -> dict[str, Any]:
     """The page as it was; nothing where it could not be looked at any more."""
-    if not event.refcount and event.step != "freed":
+    if event.refcount < 0:
         return {}
     return {
         "refcount": event.refcount,

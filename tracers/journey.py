@@ -188,9 +188,9 @@ class Follower:
         """Has the kernel side look up the file behind our descriptor, at a call of ours."""
         target, key = program.map("journey_target"), bytes(4)
         target.put(key, _TARGET.pack(self._file + 1, 0))
-        os.pread(self._file, 1, 0)  # any call that carries something
+        # Any call that carries something; to read the file would put it into the page cache.
         reader, writer = os.pipe()
-        os.write(writer, b"x")  # an empty file carries nothing
+        os.write(writer, b"x")
         os.close(reader)
         os.close(writer)
         values = target.get(key)

@@ -310,7 +310,9 @@ static __always_inline void tell(struct journey *journey, struct hit *hit)
 	event->direct = hit->direct;
 	if (!hit->nobody)
 		tell_who(event);
-	if (!hit->time) /* else the page is somebody else's by now */
+	if (hit->time)
+		event->refcount = -1; /* the page is somebody else's by now: not known */
+	else
 		tell_state(event, hit->head);
 	if (journey->fresh) {
 		journey->fresh = 0;
