@@ -36,6 +36,8 @@ from rsplice.journey import (
 from rsplice.recording import parse_audit
 from rsplice.tracers import journey as tracer
 from rsplice.tracers.btf import RUNNING, Btf
+from tests.support.kernel_btf import SUITES
+from tests.test_layouts import read
 from tests.test_report import EVIL, EVIL_SHOWN
 
 PAGE_STEPS = [step for step in STEPS if step not in ("freed", "mark")]
@@ -359,6 +361,29 @@ def test_what_journeys_need_of_this_kernel() -> None:
     constants, missing = tracer._resolve(Btf())
     assert "journey" not in missing
     assert constants.keys() >= {field.name for field in tracer.FIELDS}
+
+
+#: What older kernels lack.
+NO_TRACEPOINT = {
+    "5.10": {"mm_filemap_map_pages", "mm_filemap_fault", "fuse_request_end"},
+    "6.1": {"mm_filemap_map_pages", "mm_filemap_fault", "fuse_request_end"},
+}
+
+
+@pytest.mark.timeout(600)  # the first test that needs a kernel waits for the downloads of all
+@pytest.mark.parametrize("series", SUITES)
+def test_what_journeys_need_of_other_kernels(series: str) -> None:
+    kernel = read(series)
+    if isinstance(kernel, str):
+        pytest.skip(kernel)
+    _, missing = tracer._resolve(kernel.btf)
+    older = NO_TRACEPOINT.get(series, set())
+    assert missing.keys() == ({"fuse"} if older else set())
+    lacking = {hook.tracepoint for hook in tracer.HOOKS if not hook.name_on(kernel.btf)}
+    assert lacking == older
+    for field in tracer.FIELDS:
+        places = [place for path in field.paths if (place := kernel.walker.place(path))]
+        assert not places or tracer._resolve(kernel.btf)[0][field.name] == places[0][0]
 
 
 @pytest.mark.parametrize("pages", [1, 4, PAGES_MAX])
