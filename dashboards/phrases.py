@@ -214,7 +214,10 @@ def accuracy(known: Accuracy, *, details: bool = True) -> str:
     )
     if known.usdt_files:
         line += f", librsplice in {plural(len(known.usdt_files), 'file')}"
-    checked = {"sample": ", pages of some calls compared", "off": ", no pages compared"}
+    checked = {
+        "sample": ", pages of some calls compared, no findings looked for",
+        "off": ", no pages compared, no findings looked for",
+    }
     return line + checked.get(known.identity, "")
 
 

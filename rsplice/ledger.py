@@ -52,7 +52,7 @@ class Ledger:
         self._kernel = kernel
         self._rows: dict[tuple[int, str, str, str], _Row] = {}
         self._processes: dict[int, ProcessSeen] = {}
-        self._findings: dict[tuple[str, str], Finding] = {}
+        self._findings: dict[tuple[str, str, str], Finding] = {}
         self._calls: dict[int, _Calls] = {}  # of librsplice, by process
 
     def add(self, tally: Tally) -> None:
@@ -74,8 +74,8 @@ class Ledger:
         self._processes[process.key] = process
 
     def add_finding(self, finding: Finding) -> None:
-        """Adds a finding; those of one name become one, with the earliest as its example."""
-        key = (finding.kind, finding.name)
+        """Adds a finding; those of one name and reason become one, the earliest its example."""
+        key = (finding.kind, finding.name, str(finding.first.get("reason", "")))
         known = self._findings.get(key)
         self._findings[key] = deepcopy(finding) if known is None else _one_finding(known, finding)
 

@@ -134,6 +134,8 @@ class Session:
             ledger.see(process)
         for mark in reading.marks:
             ledger.mark(mark)
+        for finding in reading.findings:
+            ledger.add_finding(finding)
         accuracy = Accuracy(
             list(self.tracer.attached),
             list(self.tracer.missing),

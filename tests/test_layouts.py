@@ -91,6 +91,20 @@ ALTERNATIVES: dict[str, dict[str, str | None]] = {
         "7.2": "skb_frag.netmem",
         "7.3": "skb_frag.netmem",
     },
+    "FILE_REF": {
+        "5.10": "file.f_count",
+        "6.1": "file.f_count",
+        "6.12": "file.f_count",
+        "7.2": "file.f_ref",
+        "7.3": "file.f_ref",
+    },
+    "PAGE_INDEX": {
+        "5.10": "page.index",
+        "6.1": "folio.index",
+        "6.12": "folio.index",
+        "7.2": "folio.index",
+        "7.3": "folio.index",
+    },
     "KIOCB_TASK": {
         "5.10": "io_kiocb.task",
         "6.1": "io_kiocb.task",
@@ -103,6 +117,7 @@ ALTERNATIVES: dict[str, dict[str, str | None]] = {
 #: The arguments that the BPF programs take, by place: any one of the types.
 ARGUMENTS: dict[str, dict[int, tuple[str, ...]]] = {
     "sys_exit": {0: ("struct pt_regs *",), 1: ("long int",)},
+    "sys_enter": {0: ("struct pt_regs *",), 1: ("long int",)},
     "sched_process_fork": {0: ("struct task_struct *",), 1: ("struct task_struct *",)},
     "sched_process_exit": {0: ("struct task_struct *",)},
     "sched_process_exec": {0: ("struct task_struct *",), 1: ("pid_t",)},
@@ -387,6 +402,11 @@ def test_what_differs_by_more_than_an_offset(kernel: Kernel) -> None:
     assert not tctx or (task and constants["TCTX_TASK"] == task[0])
     assert constants["IO_SEND_FLAGS"] == (send[0] if send else 0)
     assert constants["SOCK_ZEROCOPY_BIT"] == walker.enumerator("sock_flags", "SOCK_ZEROCOPY")
+    for name in ("writeback", "dirty", "lru", "private", "swapbacked"):
+        bit = walker.enumerator("pageflags", f"PG_{name}")
+        assert bit is not None
+        assert constants[f"PG_{name.upper()}_BIT"] == bit
+    assert constants["FILE_REF_ONE"] == int(walker.place("file.f_ref") is None)
     assert constants["PG_HEAD_BIT"] == walker.enumerator("pageflags", "PG_head")
     by_completion = "struct io_uring_cqe *" in (walker.arguments("io_uring_complete") or [])
     assert constants["URING_COMPLETE_HAS_CQE"] == int(by_completion)

@@ -8,10 +8,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from rsplice.audit import Endpoint, PageCounts
+from rsplice.audit import Endpoint, Finding, PageCounts
 from rsplice.errors import RspliceError
 from rsplice.events import MARKS, Mark, ProcessSeen, Tally
 from rsplice.tracers import operations, usdt
+from rsplice.tracers.findings import Findings, Process
 from rsplice.tracers.kinds import is_filesystem, kind_name
 from rsplice.tracers.program import Map, Program
 
@@ -48,6 +49,7 @@ class Reading:
     tallies: list[Tally] = field(default_factory=list)
     processes: list[ProcessSeen] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     events_lost: int = 0
 
 
@@ -80,6 +82,7 @@ class Counters:
         self._lost_marks: Map | None = program.map("usdt_lost") if has_marks else None
         self._filesystems: dict[int, str] = {}
         self._ended = program.map("nr_ended")
+        self.findings: Findings | None = None  #: where they are looked for
         # Of processes that have ended: taken out of the kernel's maps to make room.
         self._retired: dict[bytes, list[int]] = {}
         self._retired_pages: dict[bytes, list[int]] = {}
@@ -161,6 +164,9 @@ class Counters:
             (number,) = struct.unpack("=Q", key)
             reading.processes.append(ProcessSeen(number, pid, name, counts_of))
         reading.marks = self._read_marks()
+        if self.findings:
+            known = {p.key: Process(p.pid, p.comm) for p in reading.processes}
+            reading.findings = self.findings.read(known)
         reading.events_lost = self._count(self._lost)
         if self._lost_marks is not None:
             reading.events_lost += self._count(self._lost_marks)

@@ -24,6 +24,7 @@ FEATURES = {
     "zerocopy": "MSG_ZEROCOPY is taken for a copying send",
     "fuse": "pages moved by FUSE replies are not compared",
     "io_uring": "io_uring operations are not seen",
+    "findings": "lifecycle findings are not looked for",
 }
 
 
@@ -175,6 +176,24 @@ FIELDS: list[Field] = [
         IO_SPLICE_OFF_IN io_splice.off_in
         """,
     ),
+    *_fields(
+        "findings",
+        """
+        REGS_ARG4 pt_regs.r8
+        BUF_OFFSET pipe_buffer.offset
+        BUF_OPS pipe_buffer.ops
+        BUF_FLAGS pipe_buffer.flags
+        PIPE_READERS pipe_inode_info.readers
+        FILE_REF file.f_ref | file.f_count
+        PAGE_INDEX folio.index | page.index
+        MAPPING_HOST address_space.host
+        INODE_INO inode.i_ino
+        INODE_DENTRY inode.i_dentry.first
+        SB_DEV super_block.s_dev
+        DENTRY_ALIAS dentry.d_u.d_alias | dentry.d_alias
+        DENTRY_NAME dentry.d_name.name
+        """,
+    ),
 ]
 
 # Sizes of structs that are walked as arrays or stepped over.
@@ -224,7 +243,7 @@ def resolve(btf: Btf) -> Layout:
     if "core" in layout.missing:
         raise RspliceError(f"cannot trace this kernel: {layout.missing['core']}")
     if not layout.has("identity"):
-        for dependent in ("extents", "network", "fuse"):
+        for dependent in ("extents", "network", "fuse", "findings"):
             layout.missing.setdefault(dependent, layout.missing["identity"])
     return layout
 
@@ -254,6 +273,16 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     if bit is None:
         layout.missing.setdefault("folio", "this kernel has no PG_head")
     constants["PG_HEAD_BIT"] = bit or 0
+    for name in ("writeback", "dirty", "lru", "private", "swapbacked"):
+        bit = btf.enumerator("pageflags", f"PG_{name}")
+        if bit is None:
+            layout.missing.setdefault("findings", f"this kernel has no PG_{name}")
+        constants[f"PG_{name.upper()}_BIT"] = bit or 0
+    # file_ref_t (6.13) starts at 0, the counter before it at 1.
+    constants["FILE_REF_ONE"] = int(btf.member("file.f_ref") is None)
+    # Before 5.14 a byte called tx_flags says it, with another bit.
+    flags = btf.member("skb_shared_info.flags")
+    constants["SHINFO_FLAGS"] = flags.offset if flags else 0
     # Before 5.12 sendfile to a pipe goes through the task's own pipe, as to any other file.
     constants["SENDFILE_INTO_PIPE"] = int(btf.function_id("splice_file_to_pipe") is not None)
     pt_regs = btf.struct_id("pt_regs")

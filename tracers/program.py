@@ -23,12 +23,13 @@ from rsplice.tracers.btf import Btf
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h", "pages.h",
-            "sockets.h", "syscalls.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
-            "io_uring.c", "journey.c", "usdt.c")  # fmt: skip
+            "sockets.h", "judgements.h", "findings.h", "syscalls.c", "findings.c", "lifecycle.c",
+            "pagecache.c", "network.c", "fuse.c", "io_uring.c", "journey.c", "usdt.c",
+            "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4
-_PROG_LOAD, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 17, 28
+_PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
 _ATTACH_TRACE_RAW_TP, _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 23, 41, 48
 _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
@@ -246,6 +247,24 @@ class Program:
         self._use_cast(code)
         attach_id = self._btf.tracepoint_id(tracepoint) or 0
         return self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_RAW_TP, attach_id)
+
+    def run_once(self, function: str, *arguments: int) -> None:
+        """Runs *function* here and now, as if a raw tracepoint had been hit with *arguments*.
+
+        BpfError on failure.
+        """
+        context = _ffi.new("unsigned long long[]", list(arguments))
+        program = self._load(function, self._code(function), _TYPE_RAW_TRACEPOINT)
+        try:
+            _bpf(
+                _TEST_RUN,
+                struct.pack(
+                    "=IIIIQQIIIIQQII", program, 0, 0, 0, 0, 0, 0, 0,
+                    8 * len(arguments), 0, _address(context), 0, 0, 0,
+                ),
+            )  # fmt: skip
+        finally:
+            os.close(program)
 
     def _code(self, function: str) -> bytearray:
         """The instructions of *function*; BpfError if the text has none of that name."""

@@ -16,6 +16,7 @@ from rsplice.tracers import layout as layouts
 from rsplice.tracers import operations, usdt
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.counters import Counters, map_sizes
+from rsplice.tracers.findings import SIZES, Findings, learn
 from rsplice.tracers.journey import Follower
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
 
@@ -75,6 +76,7 @@ PROBES = (
     Probe("page_fault_user", "page faults are not counted", counts="faults"),
     Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
+    Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe(
@@ -106,6 +108,11 @@ TAILS = (
     Tail("exit_programs", 1, "tp_messages", "sys_exit", "sendmmsg and recvmmsg are not counted"),
     Tail("exit_programs", 2, "tp_walk", "sys_exit", layouts.FEATURES["identity"]),
     Tail("exit_programs", 3, "tp_notification", "sys_exit", "MSG_ZEROCOPY is inferred"),
+    Tail("exit_programs", 4, "tp_reply_end", "sys_exit", "notifications are not findings"),
+    Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
+    Tail("enter_programs", 1, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
+    Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
+    Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
     Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )
 
@@ -135,6 +142,7 @@ class Tracer:
         self._files = files
         self.journeys = journeys
         self._sizes = map_sizes(possible_cpus())
+        self._vmemmap: int | None = None
         try:
             self._begin(direct, follow_all)
         finally:
@@ -151,6 +159,10 @@ class Tracer:
         self.counters = Counters(
             self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
         )
+        if self._program.has("learn_buffer"):
+            self.counters.findings = Findings(
+                self._program, self.counters.kind, layout.constants, self._vmemmap
+            )
         if self.journeys:
             self.journeys.begin()
 
@@ -159,6 +171,7 @@ class Tracer:
         defines = layout.defines() + operations.defines()
         settings = {
             **self._sizes,
+            **SIZES,
             "IDENTITY": IDENTITY[self.identity],
             "FOLLOW_ALL": int(follow_all),
             "SELF_PID": os.getpid(),
@@ -171,6 +184,9 @@ class Tracer:
         program = Program(source_text(defines), btf, self.direct)
         try:
             self._fill_tables(program)
+            if program.has("learn_buffer"):
+                self._vmemmap, missing = learn(program, layout.constants)
+                self.missing += missing
             self._attach_all(program, btf, layout)
         except BpfError as error:
             program.close()
@@ -199,6 +215,8 @@ class Tracer:
         sys_exit comes last: it is the one that every process of the machine pays for.
         """
         wanted = [p for p in PROBES if self.identity != "off" or not p.identity]
+        if self.identity != "all":  # a sample would count some findings
+            wanted = [p for p in wanted if p.feature != "findings"]
         names = {p: name for p in wanted if (name := self._name_of(p, btf, layout))}
         tails = [t for t in TAILS if t.tracepoint in names.values() and program.has(t.function)]
         with ThreadPoolExecutor() as pool:

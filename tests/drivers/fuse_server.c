@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -32,17 +33,49 @@
 #define FILE_NAME    "file"
 #define DEADLINE     30 /* seconds: a lost request must not hang a test */
 
+struct server;
+
 struct mode {
 	const char *name;
+	/* Puts a reply's header and payload into the pipe in a way of its own. */
+	void (*fill)(const struct server *server, const struct fuse_out_header *header,
+		     const struct fuse_read_in *in, size_t size);
 	const char *from; /* as the driver's -f */
 	bool spliced;
 	unsigned int splice_flags;
 	unsigned int open_flags;
-	bool mapped; /* the source's pages are in page tables meanwhile */
-	bool broken; /* READ fails, all else is answered through the pipe */
+	bool mapped;   /* the source's pages are in page tables meanwhile */
+	bool notifies; /* stores two pages once the client has read the file */
+	bool broken;   /* READ fails, all else is answered through the pipe */
 };
 
+typedef void filler(const struct server *server, const struct fuse_out_header *header,
+		    const struct fuse_read_in *in, size_t size);
+static filler fill_teed, fill_gift, fill_unmapped_gift, fill_vmspliced, fill_halves, fill_odd,
+	fill_socket, fill_together, fill_whole, fill_dirty, fill_large, fill_fresh;
+
+/* Replies that are offered for a move, and what stands in its way. */
+#define OFFERED(mode_name, source, filler)                                                         \
+	{                                                                                          \
+		.name = mode_name, .from = source, .spliced = true, .splice_flags = SPLICE_F_MOVE, \
+		.fill = filler                                                                     \
+	}
+
 static const struct mode modes[] = {
+	OFFERED("teed", "direct", fill_teed),
+	OFFERED("memfd", "memfd", NULL),
+	OFFERED("gift", "file", fill_gift),
+	OFFERED("gift-unmapped", "file", fill_unmapped_gift),
+	OFFERED("vmspliced", "file", fill_vmspliced),
+	OFFERED("halves", "direct", fill_halves),
+	OFFERED("odd", "file", fill_odd),
+	OFFERED("socket", "file", fill_socket),
+	OFFERED("together", "file", fill_together),
+	OFFERED("whole", "file", fill_whole),
+	OFFERED("dirty", "file", fill_dirty),
+	OFFERED("large", "file", fill_large),
+	OFFERED("fresh", "file", fill_fresh),
+	{.name = "notify", .from = "file", .splice_flags = SPLICE_F_MOVE, .notifies = true},
 	{.name = "write", .from = "file"},
 	{.name = "splice", .from = "direct", .spliced = true, .splice_flags = SPLICE_F_MOVE},
 	{.name = "splice-copy", .from = "direct", .spliced = true},
@@ -65,6 +98,9 @@ struct server {
 	size_t size; /* of the file */
 	int device;
 	int pipe[2];
+	int other[2];	/* a second pipe, for tee(2) */
+	int sockets[2]; /* a pair */
+	int scratch;	/* where files may be made that the mount does not hide */
 };
 
 static struct fuse_out_header header_of(const struct fuse_in_header *in, int error, size_t size)
@@ -144,6 +180,171 @@ static void splice_in(const struct server *server, const struct fuse_read_in *in
 	}
 }
 
+static char *load(const struct server *server, char *to, const struct fuse_read_in *in, size_t size)
+{
+	if (carried("pread64", server->source.kind, USER_MEMORY,
+		    pread(server->source.fd, to, size, (off_t)in->offset)) != (ssize_t)size)
+		fail("source");
+	return to;
+}
+
+static char *room(void)
+{
+	return (char *)buffer() + REQUEST_ROOM;
+}
+
+/* Another pipe refers to the pages too. */
+static void fill_teed(const struct server *server, const struct fuse_out_header *header,
+		      const struct fuse_read_in *in, size_t size)
+{
+	put(server, header, sizeof(*header));
+	splice_in(server, in, size);
+	carried("tee", "pipe", "pipe", tee(server->pipe[0], server->other[1], BUFFER_SIZE, 0));
+}
+
+static void give(const struct server *server, void *data, size_t size, unsigned int flags)
+{
+	struct iovec vec = {data, size};
+
+	if (carried("vmsplice", USER_MEMORY, "pipe", vmsplice(server->pipe[1], &vec, 1, flags)) !=
+	    (ssize_t)size)
+		fail("pipe");
+}
+
+static void fill_gift(const struct server *server, const struct fuse_out_header *header,
+		      const struct fuse_read_in *in, size_t size)
+{
+	put(server, header, sizeof(*header));
+	give(server, load(server, room(), in, size), size, SPLICE_F_GIFT);
+}
+
+static void fill_unmapped_gift(const struct server *server, const struct fuse_out_header *header,
+			       const struct fuse_read_in *in, size_t size)
+{
+	char *data = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	if (data == MAP_FAILED)
+		fail("mmap");
+	put(server, header, sizeof(*header));
+	give(server, load(server, data, in, size), size, SPLICE_F_GIFT);
+	if (munmap(data, size) < 0)
+		fail("munmap");
+}
+
+static void fill_vmspliced(const struct server *server, const struct fuse_out_header *header,
+			   const struct fuse_read_in *in, size_t size)
+{
+	put(server, header, sizeof(*header));
+	give(server, load(server, room(), in, size), size, 0);
+}
+
+/* Each buffer has half a page. */
+static void fill_halves(const struct server *server, const struct fuse_out_header *header,
+			const struct fuse_read_in *in, size_t size)
+{
+	loff_t at = (loff_t)in->offset;
+
+	put(server, header, sizeof(*header));
+	for (size_t done = 0; done < size; done += PAGE / 2)
+		carried("splice", server->source.kind, "pipe",
+			splice(server->source.fd, &at, server->pipe[1], NULL, PAGE / 2, 0));
+}
+
+/* The payload begins in the middle of a page: its first bytes stand in a buffer of their own. */
+static void fill_odd(const struct server *server, const struct fuse_out_header *header,
+		     const struct fuse_read_in *in, size_t size)
+{
+	loff_t at = (loff_t)in->offset + 100;
+
+	put(server, header, sizeof(*header));
+	for (size_t done = 100; done < size;) {
+		ssize_t n = splice(server->source.fd, &at, server->pipe[1], NULL, size - done, 0);
+
+		done += (size_t)carried("splice", server->source.kind, "pipe", n);
+	}
+	put(server, load(server, room(), in, 100),
+	    100); /* the reader of this mode checks nothing */
+}
+
+static void fill_socket(const struct server *server, const struct fuse_out_header *header,
+			const struct fuse_read_in *in, size_t size)
+{
+	put(server, header, sizeof(*header));
+	load(server, room(), in, size);
+	for (size_t done = 0; done < size; done += PAGE) {
+		carried("write", USER_MEMORY, "unix",
+			write(server->sockets[0], room() + done, PAGE));
+		carried("splice", "unix", "pipe",
+			splice(server->sockets[1], NULL, server->pipe[1], NULL, PAGE, 0));
+	}
+}
+
+static void fill_together(const struct server *server, const struct fuse_out_header *header,
+			  const struct fuse_read_in *in, size_t size)
+{
+	memcpy(room() - sizeof(*header), header, sizeof(*header));
+	load(server, room(), in, size);
+	put(server, room() - sizeof(*header), sizeof(*header) + size);
+}
+
+static void fill_whole(const struct server *server, const struct fuse_out_header *header,
+		       const struct fuse_read_in *in, size_t size)
+{
+	put(server, header, sizeof(*header));
+	put(server, load(server, room(), in, size), size);
+}
+
+/* A file with the same content, written by @step bytes, so that its page cache has it anew. */
+static void splice_rewritten(const struct server *server, const struct fuse_out_header *header,
+			     const struct fuse_read_in *in, size_t size, size_t step, bool clean)
+{
+	loff_t at = 0;
+	int fd;
+
+	load(server, room(), in, size);
+	fd = openat(server->scratch, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	if (fd < 0)
+		fail("scratch file");
+	for (size_t done = 0; done < size; done += step)
+		carried("pwrite64", USER_MEMORY, server->source.kind,
+			pwrite(fd, room() + done, step, (off_t)done));
+	if (clean && fsync(fd) < 0)
+		fail("fsync");
+	put(server, header, sizeof(*header));
+	for (size_t done = 0; done < size;)
+		done += (size_t)carried("splice", server->source.kind, "pipe",
+					splice(fd, &at, server->pipe[1], NULL, size - done, 0));
+	/* It stays open: an unlinked file that is closed is truncated. */
+}
+
+static void fill_dirty(const struct server *server, const struct fuse_out_header *header,
+		       const struct fuse_read_in *in, size_t size)
+{
+	splice_rewritten(server, header, in, size, PAGE, false);
+}
+
+static void fill_large(const struct server *server, const struct fuse_out_header *header,
+		       const struct fuse_read_in *in, size_t size)
+{
+	splice_rewritten(server, header, in, size, size, true);
+}
+
+static void fill_fresh(const struct server *server, const struct fuse_out_header *header,
+		       const struct fuse_read_in *in, size_t size)
+{
+	splice_rewritten(server, header, in, size, PAGE, true);
+}
+
+/* What the second pipe holds is let go. */
+static void empty(const struct server *server)
+{
+	ssize_t n;
+
+	while ((n = read(server->other[0], room(), BUFFER_SIZE / 2)) > 0)
+		carried("read", "pipe", USER_MEMORY, n);
+}
+
 static void reply_to_read(const struct server *server, const struct fuse_in_header *in,
 			  const struct fuse_read_in *wanted)
 {
@@ -154,6 +355,10 @@ static void reply_to_read(const struct server *server, const struct fuse_in_head
 
 	if (server->mode->broken) {
 		refuse(server, in, EIO);
+	} else if (server->mode->fill && size) {
+		server->mode->fill(server, &header, wanted, size);
+		reply_spliced(server, &header);
+		empty(server);
 	} else if (server->mode->spliced && size) {
 		put(server, &header, sizeof(header));
 		splice_in(server, wanted, size);
@@ -202,6 +407,25 @@ static void reply_to_lookup(const struct server *server, const struct fuse_in_he
 		reply(server, in, &out, sizeof(out));
 }
 
+/* FUSE_NOTIFY_STORE, spliced: what the client's page cache has already. */
+static void store_pages(const struct server *server)
+{
+	for (int i = 0; i < 2; i++) {
+		struct {
+			struct fuse_out_header header;
+			struct fuse_notify_store_out store;
+		} start = {
+			.header = {.len = sizeof(start) + PAGE, .error = FUSE_NOTIFY_STORE},
+			.store = {.nodeid = FILE_NODE, .offset = i * PAGE, .size = PAGE},
+		};
+		struct fuse_read_in in = {.offset = i * PAGE};
+
+		put(server, &start, sizeof(start));
+		put(server, load(server, room(), &in, PAGE), PAGE);
+		reply_spliced(server, &start.header);
+	}
+}
+
 static void answer(const struct server *server, const struct fuse_in_header *in)
 {
 	struct fuse_attr_out attr = {.attr = attributes(server, in->nodeid)};
@@ -225,6 +449,10 @@ static void answer(const struct server *server, const struct fuse_in_header *in)
 		reply_to_read(server, in, body);
 		break;
 	case FUSE_FLUSH:
+		if (server->mode->notifies)
+			store_pages(server);
+		reply(server, in, NULL, 0);
+		break;
 	case FUSE_RELEASE:
 		reply(server, in, NULL, 0);
 		break;
@@ -271,7 +499,8 @@ static __attribute__((noreturn)) void read_file(const struct server *server, con
 		fail(path);
 	while ((n = read(fd, buffer(), BUFFER_SIZE)) > 0) {
 		carried("read", direct ? "fuse O_DIRECT" : "fuse", USER_MEMORY, n);
-		check(buffer(), done, (size_t)n);
+		if (server->mode->fill != fill_odd)
+			check(buffer(), done, (size_t)n);
 		done += (size_t)n;
 	}
 	if (server->mode->broken != (n < 0 && errno == EIO) || fstat(fd, &stat) < 0 ||
@@ -321,6 +550,11 @@ static void run(struct server *server, const struct options *options)
 	if (pipe2(server->pipe, O_CLOEXEC) < 0 ||
 	    fcntl(server->pipe[1], F_SETPIPE_SZ, 2 * MAX_PAGES * PAGE) < 0)
 		fail("pipe");
+	server->scratch = open(options->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (server->scratch < 0 || pipe2(server->other, O_CLOEXEC | O_NONBLOCK) < 0 ||
+	    fcntl(server->other[1], F_SETPIPE_SZ, 2 * MAX_PAGES * PAGE) < 0 ||
+	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, server->sockets) < 0)
+		fail("set-up");
 	server->device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (server->device < 0)
 		unsupported("/dev/fuse");

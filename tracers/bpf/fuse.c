@@ -26,6 +26,221 @@ static __always_inline u64 pages_waiting(u64 request, u64 *array)
 	return nr <= MAX_FUSE_PAGES ? nr : 0;
 }
 
+#if FINDINGS
+/*
+ * What became of each folio that a READ waited for, in the order of fuse_copy_args() and
+ * fuse_copy_folio() (fs/fuse/dev.c, 6.18): a whole page is taken from the next buffer, unless
+ * something is left of the one before.
+ */
+struct reply {
+	struct finding_key key;
+	u64 request;
+	u64 array;
+	u64 payload;
+	u64 done;
+	u64 left;    /* of the buffer that was copied from last */
+	u64 to_copy; /* of the folio that was judged last */
+	u32 nr;
+	u32 folio;     /* the next one */
+	u32 slot;      /* the next buffer */
+	u32 direct_io; /* the pages are the client's own memory, not a page cache */
+	struct facts before;
+	struct facts now;
+};
+BPF_TABLE("percpu_array", u32, struct reply, replies, 1);
+BPF_PROG_ARRAY(fuse_programs, 1);
+#define MAX_STEPS 24 /* of one program; the next goes on */
+
+static __always_inline bool is_direct_io(u64 folio)
+{
+	u64 mapping = read64(folio + PAGE_MAPPING);
+	u64 host = is_cache_page(mapping) ? read64(mapping + MAPPING_HOST) : 0;
+
+	return !host || read64(read64(host + INODE_SB) + SB_MAGIC) != FUSE_SUPER_MAGIC;
+}
+
+/* The next buffer, which the place of a header comes before. */
+static __always_inline struct offered *next_buffer(struct reply *reply, struct offers *kept)
+{
+	u64 slot = reply->slot;
+
+	asm volatile("" : "+r"(slot)); /* the verifier must see the bound on the very register */
+	if (slot >= MAX_OFFERED)
+		return 0;
+	asm volatile("" : "+r"(slot)); /* and before the address is made of it */
+	return &kept->slots[slot];
+}
+
+/* Copies what is to be copied out of one buffer, as fuse_copy_fill() walks along them. */
+static __always_inline void copy_from_buffer(struct reply *reply, struct offers *kept)
+{
+	struct offered *offered;
+
+	if (!reply->left) {
+		offered = next_buffer(reply, kept);
+		if (!offered || reply->slot >= kept->nr) {
+			reply->to_copy = 0;
+			return;
+		}
+		reply->left = offered->length;
+		reply->slot++;
+	}
+	if (reply->left > reply->to_copy) {
+		reply->left -= reply->to_copy;
+		reply->to_copy = 0;
+	} else {
+		reply->to_copy -= reply->left;
+		reply->left = 0;
+	}
+}
+
+/* Why a folio was copied. Fills in what is known of the buffer that it was copied from. */
+static __always_inline u32 why_copied(struct reply *reply, struct offers *kept, u64 size,
+				      u64 wanted)
+{
+	struct offered *offered = next_buffer(reply, kept);
+
+	if (offered)
+		recall_offer(&reply->before, offered);
+	if (reply->direct_io)
+		return CLIENT_DIRECT_IO;
+	if (wanted < size)
+		return LAST_PAGE;
+	if (reply->left)
+		return kept->slots[0].length > FUSE_OUT_HEADER ? HEADER_SHARES_BUFFER
+							       : NOT_PAGE_ALIGNED;
+	if (!offered)
+		return UNEXPLAINED;
+	if (size > 4096)
+		return CLIENT_LARGE_FOLIO;
+	if (offered->offset)
+		return ODD_OFFSET;
+	if (offered->length != size)
+		return PARTIAL_PAGE;
+	return offered->reason ? offered->reason : UNEXPLAINED;
+}
+
+/* Checks a page that was moved: is it its new owner's alone? */
+static __always_inline u32 check_moved(struct reply *reply, struct offers *kept, u64 page)
+{
+	struct offered *offered = next_buffer(reply, kept);
+	bool elsewhere = false;
+
+	reply->slot++;
+	if (!offered || offered->page != page)
+		return NO_FINDING;
+	recall_offer(&reply->before, offered);
+	load_page_facts(&reply->now, page);
+#if HAVE_EXTENTS
+	if (is_cache_page(offered->mapping))
+		elsewhere = cached_page(offered->mapping, read64(page + PAGE_INDEX)) == page &&
+			    offered->mapping != reply->now.mapping;
+#endif
+	reply->now.class = offered->class;
+	return judge_published(&reply->before, &reply->now, elsewhere);
+}
+
+static __always_inline void judge_folio(struct reply *reply, struct offers *kept, u64 before,
+					u64 now)
+{
+	u64 size = now == before ? 4096 * pages_of(now) : 4096, rest = reply->payload - reply->done;
+	u64 wanted = rest < size ? rest : size;
+
+	reply->key.reason = NO_REASON;
+	if (now != before) {
+		reply->key.name = check_moved(reply, kept, now);
+		reply->before = reply->now;
+	} else {
+		reply->key.name = STEAL_REFUSED;
+		reply->key.reason = why_copied(reply, kept, size, wanted);
+		reply->to_copy = wanted;
+	}
+	reply->done += wanted;
+	if (reply->key.name)
+		record(&reply->key, &reply->before,
+		       is_cache_page(reply->before.mapping) || reply->direct_io
+			       ? 0
+			       : read64(read64(now + PAGE_MAPPING) + MAPPING_HOST));
+}
+
+/* One step along the reply: a folio, or one buffer that it is copied from. False at the end. */
+static __always_inline bool judge_step(struct reply *reply, struct offers *kept,
+				       struct fuse_read *before)
+{
+	u64 folio = reply->folio;
+
+	if (reply->to_copy) {
+		copy_from_buffer(reply, kept);
+		return true;
+	}
+	asm volatile("" : "+r"(folio)); /* the verifier must see the bound on the very register */
+	if (folio >= MAX_FUSE_PAGES || folio >= reply->nr || reply->done >= reply->payload)
+		return false;
+	reply->folio++;
+	judge_folio(reply, kept, before->pages[folio], read64(reply->array + folio * 8));
+	return true;
+}
+
+int tp_fuse_judge(u64 *ctx)
+{
+	u32 zero = 0, tid = bpf_get_current_pid_tgid(), i;
+	struct reply *reply = replies.lookup(&zero);
+	struct offers *kept = offers.lookup(&tid);
+	struct fuse_read *before;
+
+	if (!reply)
+		return 0;
+	before = fuse_reads.lookup(&reply->request);
+	if (!before || !kept)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_STEPS; i++) {
+		if (!judge_step(reply, kept, before)) {
+			fuse_reads.delete(&reply->request);
+			return 0;
+		}
+	}
+	fuse_programs.call(ctx, 0);
+	count_lost(LOST_FINDING);
+	return 0;
+}
+
+/* Hands a READ's reply that was offered for a move over to tp_fuse_judge. */
+static __always_inline void judge_reply(u64 *ctx, u64 request, u64 array, u64 nr)
+{
+	u32 zero = 0, tid = bpf_get_current_pid_tgid();
+	struct reply *reply = replies.lookup(&zero);
+	struct offers *kept = offers.lookup(&tid);
+
+	if (!reply || !kept || kept->bytes <= FUSE_OUT_HEADER)
+		return;
+	__builtin_memset(reply, 0, sizeof(*reply));
+	reply->key.process = kept->process;
+	reply->key.source = END_PIPE;
+	reply->key.destination = END_FUSE_DEVICE;
+	reply->key.via = VIA_FUSE_REPLY;
+	reply->request = request;
+	reply->array = array;
+	reply->nr = nr;
+	reply->payload = kept->bytes - FUSE_OUT_HEADER;
+	reply->direct_io = is_direct_io(read64(array));
+	reply->left = kept->slots[0].length - FUSE_OUT_HEADER;
+	if (kept->slots[0].length < FUSE_OUT_HEADER)
+		reply->left = 0; /* a header in pieces: what follows is unexplained */
+	reply->slot = 1;
+	fuse_programs.call(ctx, 0);
+}
+
+static __always_inline void note_end(void)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct offers *kept = offers.lookup(&tid);
+
+	if (kept)
+		kept->ended = 1;
+}
+#endif
+
 int tp_fuse_request_send(u64 *ctx)
 {
 	u64 request = tracepoint_arg(ctx, 0), array = 0, key = request;
@@ -59,6 +274,9 @@ int tp_fuse_request_end(u64 *ctx)
 	struct fuse_read *before;
 	u32 i, tid = bpf_get_current_pid_tgid();
 
+#if FINDINGS
+	note_end();
+#endif
 	before = fuse_reads.lookup(&key);
 	nr = pages_waiting(request, &array);
 	if (!before || !nr) {
@@ -81,6 +299,9 @@ int tp_fuse_request_end(u64 *ctx)
 	/* Not added up: a reply that failed, or without payload, is never asked about. */
 	note->fuse_bytes = moved;
 	note->fuse_pages = nr;
+#if FINDINGS
+	judge_reply(ctx, request, array, nr);
+#endif
 out:
 	fuse_reads.delete(&key);
 	return 0;

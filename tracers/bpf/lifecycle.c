@@ -32,12 +32,17 @@ int tp_sched_process_exit(u64 *ctx)
 	u64 task = tracepoint_arg(ctx, 0), *key, signal;
 	u32 tgid = read32(task + TASK_TGID), tid = read32(task + TASK_PID);
 	struct process *process;
+	u64 ended;
 	u32 zero = 0;
 
 	key = followed.lookup(&tgid);
 	if (!key)
 		return 0;
+	ended = *key;
 	notes.delete(&tid);
+#if FINDINGS
+	offers.delete(&tid);
+#endif
 	signal = read64(task + TASK_SIGNAL);
 	if (read32(signal + SIGNAL_LIVE) != 0)
 		return 0;
@@ -49,5 +54,8 @@ int tp_sched_process_exit(u64 *ctx)
 		nr_ended.increment(zero);
 	}
 	unfollow(tgid);
+#if FINDINGS
+	look_for_stranded(ctx, ended);
+#endif
 	return 0;
 }

@@ -58,7 +58,7 @@ struct note {
 	u64 fuse_pages; /* pages of READ replies that were compared */
 };
 
-enum lost { LOST_TALLY, LOST_PROCESS, LOST_CQE_SKIPPED, LOST_MESSAGES, NR_LOST };
+enum lost { LOST_TALLY, LOST_PROCESS, LOST_CQE_SKIPPED, LOST_MESSAGES, LOST_FINDING, NR_LOST };
 
 BPF_ARRAY(call_table, u64, TABLE_SIZE);
 BPF_ARRAY(uring_table, u64, 256);

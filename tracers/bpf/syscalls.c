@@ -98,7 +98,8 @@ static __always_inline u64 room_of(u64 address)
 #define PROGRAM_MESSAGES     1
 #define PROGRAM_WALK	     2
 #define PROGRAM_NOTIFICATION 3
-BPF_PROG_ARRAY(exit_programs, 4);
+#define PROGRAM_REPLY_END    4
+BPF_PROG_ARRAY(exit_programs, 5);
 #define MESSAGES_COUNTED (1ULL << 63)
 
 /* sendmmsg and recvmmsg return messages: adds up msg_len of each struct mmsghdr (64 bytes). */
@@ -268,6 +269,27 @@ static __always_inline void prepare_internal(struct walk *walk, struct call *cal
 	walk->bytes = ~0ULL;
 }
 
+#if FINDINGS
+/*
+ * SPLICE_F_MOVE into a file that never takes pages: iter_file_splice_write() (fs/splice.c) copies,
+ * since 2.6.23 (the flag has meant nothing here since). One occurrence is one call.
+ */
+static __always_inline void record_never(struct walk *walk, struct call *call)
+{
+	struct finding_key key = {.process = call->process,
+				  .source = call->source.id,
+				  .destination = call->destination.id,
+				  .name = STEAL_REFUSED,
+				  .reason = NEVER_MOVES,
+				  .via = call->via};
+	struct facts facts = {.class = NR_CLASSES, .mapcount = -1};
+
+	/* Its page has been given back: what is seen of it now is not what was spliced. */
+	facts.page = read64(slot_at(walk->bufs, walk->start, walk->mask) + BUF_PAGE);
+	record(&key, &facts, call->destination.inode);
+}
+#endif
+
 static __always_inline void apply(struct walk *walk, struct call *call, struct tally *tally)
 {
 	u64 same = walk->same < call->bytes ? walk->same : call->bytes;
@@ -300,8 +322,13 @@ static __always_inline void apply(struct walk *walk, struct call *call, struct t
 		tally->identity[0][MOVED] += same - walk->partial;
 		break;
 	case INTO_FILE:
-		if (all_same(walk))
-			tally->identity[0][COPIED] += call->bytes;
+		if (!all_same(walk))
+			break;
+		tally->identity[0][COPIED] += call->bytes;
+#if FINDINGS
+		if (call->flags & F_MOVE)
+			record_never(walk, call);
+#endif
 		break;
 	}
 }
@@ -668,6 +695,9 @@ int tp_sys_exit(u64 *ctx)
 #endif
 	if (call->via == VIA_FUSE_REPLY) {
 		take_fuse_moves(call, tally);
+#if FINDINGS && HAVE_FUSE
+		exit_programs.call(ctx, PROGRAM_REPLY_END);
+#endif
 		return 0;
 	}
 	if (END_IS_SOCKET(call->source.id) && call->destination.id == END_USER) {

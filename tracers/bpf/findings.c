@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Looks at a pipe's buffers before the call that consumes them: afterwards their pages may be
+ * anybody's.
+ */
+#if FINDINGS
+#define SLOTS_AT_ONCE	32 /* of one program; the next goes on */
+#define PROGRAM_BUFFERS 0
+#define PROGRAM_OFFER	1
+BPF_PROG_ARRAY(enter_programs, 2);
+
+/* The pipe that a call takes buffers from; false if it takes from none. */
+static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u64 regs, u32 shape)
+{
+	u64 file = file_of(task, read64(regs + REGS_ARG0)), inode;
+	struct end end = {};
+
+	if (!file)
+		return false;
+	inode = read64(file + FILE_INODE);
+	if ((read16(inode + INODE_MODE) & S_IFMT) != S_IFIFO)
+		return false;
+	if (shape == SHAPE_VMSPLICE && read32(file + FILE_MODE) & FMODE_WRITE)
+		return false;
+	inspect_pipe(inspection, pipe_of(file));
+	if (!inspection->slots)
+		return false;
+	inspection->inode = read64(inode + INODE_INO);
+	inspection->key.source =
+		read64(read64(inode + INODE_SB) + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
+	inspection->key.destination = END_USER;
+	inspection->bytes = ~0ULL; /* vectors are not added up: see already_judged() */
+	if (shape != SHAPE_SPLICE)
+		return true;
+	fill_end(&end, file_of(task, read64(regs + REGS_ARG2)));
+	inspection->key.destination = end.id;
+	inspection->bytes = read64(regs + REGS_ARG4);
+	if (end.id == END_FUSE_DEVICE) {
+		inspection->key.via = VIA_FUSE_REPLY;
+		inspection->reply = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
+	}
+	return true;
+}
+
+int tp_sys_enter(u64 *ctx)
+{
+	u64 regs = tracepoint_arg(ctx, 0), nr = tracepoint_arg(ctx, 1), task, process;
+	u32 index = nr & (TABLE_SIZE - 1), shape, zero = 0;
+	u64 *entries = call_table.lookup(&index);
+	struct inspection *inspection;
+
+	if (!entries)
+		return 0;
+	shape = *entries & 0xff;
+	if (shape != SHAPE_SPLICE && shape != SHAPE_READ && shape != SHAPE_VMSPLICE)
+		return 0;
+	task = bpf_get_current_task();
+	process = process_of_task(task);
+	if (!process || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
+		return 0;
+	inspection = inspections.lookup(&zero);
+	if (!inspection)
+		return 0;
+	inspection->key.process = process;
+	inspection->key.via = *entries >> 8 & 0xff;
+	inspection->key.reason = inspection->reply = 0;
+	inspection->next = inspection->total = inspection->folio.first = inspection->folio.span = 0;
+	if (find_pipe(inspection, task, regs, shape))
+		enter_programs.call(ctx, PROGRAM_BUFFERS);
+	return 0;
+}
+
+/*
+ * Buffers that a call does not take after all are met again by the next one. Heads and tails of a
+ * pipe only grow, so that the number of a slot tells.
+ */
+static __always_inline bool already_judged(struct inspection *inspection, u32 number)
+{
+	struct judged_key key = {.inode = inspection->inode, .bufs = 0};
+	u32 next = number + 1, *known = judged.lookup(&key);
+
+	if (known && (s32)(number - *known) < 0)
+		return true;
+	judged.update(&key, &next);
+	return false;
+}
+
+static __always_inline void judge_slot(struct inspection *inspection,
+				       struct buffer_classes *classes)
+{
+	u32 number = inspection->tail + inspection->next++;
+	u64 slot = slot_at(inspection->bufs, number, inspection->mask), operations;
+
+	inspection->total += (u32)read32(slot + BUF_LEN);
+	/* Others cannot be wrong, and need no look at their pages. */
+	operations = read64(slot + BUF_OPS);
+	if (operations == classes->operations[CACHE_BUFFER])
+		inspection->facts.class = CACHE_BUFFER;
+	else if (operations == classes->operations[USER_BUFFER])
+		inspection->facts.class = USER_BUFFER;
+	else
+		return;
+	load_folio(&inspection->folio, read64(slot + BUF_PAGE));
+	inspection->key.name = judge_buffer(inspection->facts.class, read32(slot + BUF_FLAGS),
+					    inspection->folio.mapping, inspection->folio.mapped);
+	if (!inspection->key.name || already_judged(inspection, number))
+		return;
+	load_slot_facts(&inspection->facts, slot);
+	record(&inspection->key, &inspection->facts, 0);
+}
+
+/* Judges what waits in the pipe. */
+int tp_buffers(u64 *ctx)
+{
+	u32 zero = 0, i;
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+
+	if (!inspection || !classes)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < SLOTS_AT_ONCE; i++) {
+		if (inspection->next >= inspection->slots ||
+		    inspection->total >= inspection->bytes) {
+			inspection->next = 0;
+			if (inspection->reply)
+				enter_programs.call(ctx, PROGRAM_OFFER);
+			return 0;
+		}
+		judge_slot(inspection, classes);
+	}
+	enter_programs.call(ctx, PROGRAM_BUFFERS);
+	return 0;
+}
+
+/* Keeps what a FUSE server offers, until the request that it answers ends. */
+int tp_offer(u64 *ctx)
+{
+	u32 zero = 0, tid = bpf_get_current_pid_tgid(), i;
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	struct offers *kept = offers_scratch.lookup(&zero);
+
+	if (!inspection || !classes || !kept)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < SLOTS_AT_ONCE; i++) {
+		u64 next = inspection->next;
+
+		asm volatile("" : "+r"(next)); /* the verifier must see the bound */
+		if (next >= MAX_OFFERED || next >= inspection->slots)
+			goto all;
+		load_buffer_facts(
+			&inspection->facts, classes,
+			slot_at(inspection->bufs, inspection->tail + next, inspection->mask));
+		keep_offer(&kept->slots[next], &inspection->facts);
+		inspection->next++;
+	}
+	enter_programs.call(ctx, PROGRAM_OFFER);
+	return 0;
+all:
+	kept->process = inspection->key.process;
+	kept->bytes = inspection->bytes;
+	kept->nr = inspection->next;
+	kept->ended = 0;
+	if (offers.update(&tid, kept))
+		count_lost(LOST_FINDING);
+	return 0;
+}
+
+/* A reply that ended no request is a notification: fuse_notify() (fs/fuse/dev.c) moves nothing. */
+int tp_reply_end(u64 *ctx)
+{
+	u32 zero = 0, tid = bpf_get_current_pid_tgid();
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct offers *kept = offers.lookup(&tid);
+
+	if (!inspection || !kept)
+		return 0;
+	if (!kept->ended && kept->bytes >= 4096) {
+		__builtin_memset(&inspection->key, 0, sizeof(inspection->key));
+		inspection->key.process = kept->process;
+		inspection->key.source = END_PIPE;
+		inspection->key.destination = END_FUSE_DEVICE;
+		inspection->key.via = VIA_FUSE_REPLY;
+		inspection->key.name = STEAL_REFUSED;
+		inspection->key.reason = A_NOTIFICATION;
+		recall_offer(&inspection->facts, &kept->slots[kept->nr > 1]);
+		record(&inspection->key, &inspection->facts, 0);
+	}
+	offers.delete(&tid);
+	return 0;
+}
+
+/*
+ * A process has ended: payload in pipes that it was the last to read. The files are still open
+ * (do_exit(), kernel/exit.c). A file that others have too, or that it has twice, does not count.
+ */
+/* Descriptors of one program; the next goes on, up to 528 in all, 132 with the slower reads. */
+#define FILES_AT_ONCE (DIRECT ? 16 : 4)
+#define FMODE_READ    1
+BPF_PROG_ARRAY(exit_task_programs, 1);
+
+static __always_inline bool last_to_read(u64 file, u64 pipe)
+{
+	return (u32)read32(file + FILE_MODE) & FMODE_READ &&
+	       read64(file + FILE_REF) == FILE_REF_ONE && (u32)read32(pipe + PIPE_READERS) == 1;
+}
+
+/* The pipe that is stranded by the end of *file*; 0 if none is. */
+static __always_inline u64 stranded_pipe(u64 file)
+{
+	u64 inode = read64(file + FILE_INODE), pipe;
+
+	if (!file || (read16(inode + INODE_MODE) & S_IFMT) != S_IFIFO)
+		return 0;
+	pipe = pipe_of(file);
+	if (!last_to_read(file, pipe) ||
+	    pipe_index(pipe + PIPE_HEAD) == pipe_index(pipe + PIPE_TAIL))
+		return 0;
+	return pipe;
+}
+
+static __always_inline void record_stranded(struct inspection *inspection, u64 pipe, u64 file)
+{
+	u32 zero = 0;
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	u64 sb = read64(read64(file + FILE_INODE) + INODE_SB);
+
+	if (!classes)
+		return;
+	inspect_pipe(inspection, pipe);
+	load_buffer_facts(&inspection->facts, classes,
+			  slot_at(inspection->bufs, inspection->tail, inspection->mask));
+	inspection->key.source = read64(sb + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
+	record(&inspection->key, &inspection->facts, 0);
+}
+
+int tp_stranded(u64 *ctx)
+{
+	u64 task = tracepoint_arg(ctx, 0), table = read64(read64(task + TASK_FILES) + FILES_FDT);
+	u64 files = read64(table + FDT_FD), file, pipe = 0;
+	u32 zero = 0, i, count = read32(table + FDT_MAX);
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!inspection || !files)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < FILES_AT_ONCE && !pipe; i++) {
+		if (inspection->descriptor >= count)
+			return 0;
+		file = read64(files + (u64)inspection->descriptor * 8);
+		inspection->descriptor++;
+		pipe = stranded_pipe(file);
+	}
+	if (pipe)
+		record_stranded(inspection, pipe, file);
+	exit_task_programs.call(ctx, 0);
+	return 0;
+}
+
+/* Hands an ended process over to tp_stranded. */
+static __always_inline void look_for_stranded(u64 *ctx, u64 process)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!inspection)
+		return;
+	__builtin_memset(&inspection->key, 0, sizeof(inspection->key));
+	inspection->key.process = process;
+	inspection->key.via = VIA_EXIT;
+	inspection->key.name = STRANDED;
+	inspection->descriptor = 0;
+	exit_task_programs.call(ctx, 0);
+}
+#endif

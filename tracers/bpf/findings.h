@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Findings: what is seen of pages that is wrong, risky or slow, added up by kind, with the first
+ * occurrence of each (findings.py). docs/lifecycle.md says what they mean.
+ *
+ * Looked for where every call has its pages compared: a sample would count some of them.
+ */
+#if HAVE_FINDINGS && HAVE_IDENTITY && IDENTITY == 2
+#define FINDINGS 1
+
+struct finding_key {
+	u64 process;
+	u64 source;
+	u64 destination;
+	u32 name;
+	u32 reason;
+	u32 via;
+	u32 pad;
+};
+
+struct finding {
+	u64 count;
+	u64 first; /* bpf_ktime_get_ns() */
+	u64 last;
+	struct facts facts; /* of the first occurrence, as all that follows */
+	u64 inode;
+	u64 index; /* of the page in its file */
+	u32 device;
+	u32 tid;
+	char file[32]; /* the last part of its path */
+};
+BPF_HASH(findings, struct finding_key, struct finding, MAX_FINDINGS);
+BPF_TABLE("percpu_array", u32, struct finding, finding_scratch, 1);
+
+/* Addresses of the tables of pipe buffer operations; findings.py learns them at start. */
+struct buffer_classes {
+	u64 operations[NR_CLASSES];
+};
+BPF_ARRAY(buffer_classes, struct buffer_classes, 1);
+
+static __always_inline u32 class_of(struct buffer_classes *classes, u64 operations)
+{
+	u32 i;
+
+#pragma unroll
+	for (i = 0; i < NR_CLASSES; i++)
+		if (classes->operations[i] == operations)
+			return i;
+	return NR_CLASSES;
+}
+
+static __always_inline void load_page_facts(struct facts *facts, u64 page)
+{
+	u64 head = head_of(page);
+
+	facts->page = page;
+	facts->mapping = read64(head + PAGE_MAPPING);
+	facts->page_flags = read64(head + PAGE_FLAGS);
+	facts->references = read32(head + PAGE_REFCOUNT);
+	facts->pages = pages_of(head);
+	facts->mapcount = (s32)read32(head + PAGE_MAPCOUNT);
+#if HAVE_MAPCOUNT
+	if (facts->pages > 1)
+		facts->mapcount = (s32)read32(head + FOLIO_MAPCOUNT);
+#endif
+	/* page_type shares the place of a single page's count, and is below -1. */
+	if (facts->mapcount < 0)
+		facts->mapcount = -1;
+}
+
+/* All but the class. */
+static __always_inline void load_slot_facts(struct facts *facts, u64 slot)
+{
+	load_page_facts(facts, read64(slot + BUF_PAGE));
+	facts->flags = read32(slot + BUF_FLAGS);
+	facts->offset = read32(slot + BUF_OFFSET);
+	facts->length = read32(slot + BUF_LEN);
+}
+
+static __always_inline void load_buffer_facts(struct facts *facts, struct buffer_classes *classes,
+					      u64 slot)
+{
+	facts->class = class_of(classes, read64(slot + BUF_OPS));
+	load_slot_facts(facts, slot);
+}
+
+/* The file of the first occurrence. */
+static __always_inline void name_file(struct finding *finding, u64 inode)
+{
+	u64 alias = read64(inode + INODE_DENTRY);
+
+	finding->inode = read64(inode + INODE_INO);
+	finding->device = read32(read64(inode + INODE_SB) + SB_DEV);
+	if (alias)
+		read_kernel_string(finding->file, sizeof(finding->file),
+				   (void *)read64(alias - DENTRY_ALIAS + DENTRY_NAME));
+}
+
+/*
+ * Adds one occurrence.
+ *
+ * @inode: of the file that it is about; 0 takes the one that the page belongs to, if it does
+ */
+static __always_inline void record(struct finding_key *key, struct facts *facts, u64 inode)
+{
+	struct finding *known = findings.lookup(key), *fresh;
+	u64 now = bpf_ktime_get_ns();
+	u32 zero = 0;
+
+	if (!known) {
+		fresh = finding_scratch.lookup(&zero);
+		if (!fresh)
+			return;
+		__builtin_memset(fresh, 0, sizeof(*fresh));
+		fresh->first = now;
+		fresh->facts = *facts;
+		fresh->tid = bpf_get_current_pid_tgid();
+		if (is_cache_page(facts->mapping)) {
+			fresh->index = read64(head_of(facts->page) + PAGE_INDEX);
+			fresh->index += (facts->page - head_of(facts->page)) / PAGE_SIZE_OF;
+			if (!inode)
+				inode = read64(facts->mapping + MAPPING_HOST);
+		}
+		if (inode)
+			name_file(fresh, inode);
+		remember_name(key->source);
+		remember_name(key->destination);
+		findings.insert(key, fresh);
+		known = findings.lookup(key);
+		if (!known) {
+			count_lost(LOST_FINDING);
+			return;
+		}
+	}
+	__sync_fetch_and_add(&known->count, 1);
+	known->last = now;
+}
+
+/* A reply to a READ, as it lies in the pipe before it goes. */
+#define MAX_OFFERED (MAX_SLOTS + 1)
+struct offered {
+	u64 page;
+	u64 mapping;
+	u64 page_flags;
+	u32 references;
+	u32 length;
+	u16 offset;
+	u16 flags;
+	u8 reason;
+	u8 class;
+	u8 pages;
+	u8 mapped;
+};
+struct offers {
+	u64 process;
+	u64 bytes; /* of the reply, with its header */
+	u32 nr;
+	u32 ended; /* a request was answered */
+	struct offered slots[MAX_OFFERED];
+};
+BPF_HASH(offers, u32, struct offers, MAX_OFFERS); /* by thread */
+BPF_TABLE("percpu_array", u32, struct offers, offers_scratch, 1);
+
+static __always_inline void keep_offer(struct offered *offered, struct facts *facts)
+{
+	offered->page = facts->page;
+	offered->mapping = facts->mapping;
+	offered->page_flags = facts->page_flags;
+	offered->references = facts->references;
+	offered->length = facts->length;
+	offered->offset = facts->offset;
+	offered->flags = facts->flags;
+	offered->reason = why_refused(facts);
+	offered->class = facts->class;
+	offered->pages = facts->pages > 255 ? 255 : facts->pages;
+	offered->mapped = facts->mapcount >= 0;
+}
+
+static __always_inline void recall_offer(struct facts *facts, struct offered *offered)
+{
+	facts->page = offered->page;
+	facts->mapping = offered->mapping;
+	facts->page_flags = offered->page_flags;
+	facts->references = offered->references;
+	facts->length = offered->length;
+	facts->offset = offered->offset;
+	facts->flags = offered->flags;
+	facts->class = offered->class;
+	facts->pages = offered->pages;
+	facts->mapcount = offered->mapped ? 0 : -1;
+	facts->pad = 0;
+}
+
+/* A pipe's ring under examination; in a map for the same reason as struct walk. */
+struct inspection {
+	struct finding_key key;
+	u64 inode; /* of the pipe */
+	u64 bufs;
+	u64 bytes; /* that may be consumed */
+	u64 total;
+	u32 mask;
+	u32 tail;
+	u32 slots;
+	u32 next;	/* slot that is looked at, from the tail */
+	u32 reply;	/* goes to a FUSE device, and may be moved */
+	u32 descriptor; /* of a process that ends: the next one */
+	struct folio folio;
+	struct facts facts;
+};
+BPF_TABLE("percpu_array", u32, struct inspection, inspections, 1);
+
+static __always_inline void inspect_pipe(struct inspection *inspection, u64 pipe)
+{
+	inspection->bufs = read64(pipe + PIPE_BUFS);
+	inspection->mask = read32(pipe + PIPE_RING_SIZE) - 1;
+	inspection->tail = pipe_index(pipe + PIPE_TAIL);
+	inspection->slots = pipe_index(pipe + PIPE_HEAD) - inspection->tail;
+	if (PIPE_HEAD_SIZE == 2)
+		inspection->slots &= 0xffff;
+}
+
+/* How far each pipe's buffers have been judged: some are looked at twice and must count once. */
+struct judged_key {
+	u64 inode; /* its number: kernel memory is used again, numbers are not */
+	u64 bufs;
+};
+BPF_TABLE("lru_hash", struct judged_key, u32, judged, 1024);
+#endif

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What follows from what was seen of a page or a buffer: no memory is read here, so that the same
+ * text runs in the kernel and in tests, on states that no sound kernel shows.
+ */
+
+/* Findings; the order is that of findings.py. */
+enum finding_name {
+	NO_FINDING,
+	STEAL_REFUSED,
+	GIFT_STILL_MAPPED,
+	TRUNCATED_IN_FLIGHT,
+	CHANGED_IN_FLIGHT,
+	STRANDED,
+	MERGE_FLAG_ON_PAGE_CACHE,
+	SHARED_FRAG_LOST,
+	PUBLISHED_WHILE_MAPPED,
+	PUBLISHED_WHILE_REFERENCED,
+	PUBLISHED_ACTIVATED,
+	DOUBLE_OWNER,
+};
+
+/* Why a page was not moved; the order is that of findings.py. */
+enum reason {
+	NO_REASON,
+	STILL_MAPPED,
+	EXTRA_REFERENCE,
+	SWAP_BACKED,
+	DIRTY_PAGE,
+	LARGE_FOLIO,
+	NOT_YET_ON_LRU,
+	PARTIAL_PAGE,
+	ODD_OFFSET,
+	NOSTEAL_BUFFER,
+	NOT_A_GIFT,
+	LEFT_ITS_FILE,
+	CLIENT_DIRECT_IO,
+	CLIENT_LARGE_FOLIO,
+	HEADER_SHARES_BUFFER,
+	NOT_PAGE_ALIGNED,
+	LAST_PAGE,
+	A_NOTIFICATION,
+	NEVER_MOVES,
+	UNEXPLAINED,
+};
+
+/* Classes of pipe buffers, told by their table of operations; the order is that of findings.py. */
+enum buffer_class { ANON_BUFFER, CACHE_BUFFER, USER_BUFFER, FILLED_BUFFER, NOSTEAL, NR_CLASSES };
+
+/* include/linux/pipe_fs_i.h, 5.8 and later */
+#define PIPE_BUF_FLAG_GIFT	0x04
+#define PIPE_BUF_FLAG_CAN_MERGE 0x10
+
+/* What was seen of a buffer and of its page, before the call that consumes it. */
+struct facts {
+	unsigned long long page;
+	unsigned long long mapping; /* of its folio: 0 for none, low bits for anonymous memory */
+	unsigned long long page_flags;
+	unsigned int references;
+	int mapcount;	    /* -1 while in no page table */
+	unsigned int pages; /* of its folio */
+	unsigned int class;
+	unsigned int flags;
+	unsigned int offset;
+	unsigned int length;
+	unsigned int pad;
+};
+
+#define HAS_FLAG(facts, bit) ((facts)->page_flags >> (bit)&1)
+
+static inline __attribute__((always_inline)) int is_cache_page(unsigned long long mapping)
+{
+	return mapping && !(mapping & 3); /* include/linux/page-flags.h: anonymous, KSM, movable */
+}
+
+/* What is wrong with a buffer that waits in a pipe. */
+static inline __attribute__((always_inline)) unsigned int
+judge_buffer(unsigned int class, unsigned int flags, unsigned long long mapping, int mapped)
+{
+	if (class == CACHE_BUFFER) {
+		/* copy_page_to_iter_pipe() and push_pipe(), lib/iov_iter.c before 5.17 */
+		if (flags & PIPE_BUF_FLAG_CAN_MERGE)
+			return MERGE_FLAG_ON_PAGE_CACHE;
+		/* truncate_inode_folio(), invalidate_complete_folio2(), __remove_mapping() */
+		return mapping ? NO_FINDING : TRUNCATED_IN_FLIGHT;
+	}
+	if (class != USER_BUFFER || !mapped)
+		return NO_FINDING;
+	return flags & PIPE_BUF_FLAG_GIFT ? GIFT_STILL_MAPPED : CHANGED_IN_FLIGHT;
+}
+
+/* A page whose only reference, beside that of the page cache, is the buffer's. */
+static inline __attribute__((always_inline)) unsigned int references_expected(struct facts *facts)
+{
+	if (!is_cache_page(facts->mapping))
+		return 1;
+	return 1 + facts->pages + HAS_FLAG(facts, PG_PRIVATE_BIT);
+}
+
+/*
+ * Why the page of a whole buffer cannot be taken: page_cache_pipe_buf_try_steal() and
+ * user_page_pipe_buf_try_steal() (fs/splice.c), generic_pipe_buf_try_steal() and
+ * anon_pipe_buf_try_steal() (fs/pipe.c), __remove_mapping() (mm/vmscan.c), fuse_check_folio()
+ * and fuse_try_move_folio() (fs/fuse/dev.c), all as of 6.18. What a user can change comes first.
+ */
+static inline __attribute__((always_inline)) unsigned int why_refused(struct facts *facts)
+{
+	if (facts->class == NOSTEAL)
+		return NOSTEAL_BUFFER;
+	if (facts->class == USER_BUFFER && !(facts->flags & PIPE_BUF_FLAG_GIFT))
+		return NOT_A_GIFT;
+	if (facts->class == CACHE_BUFFER && !facts->mapping)
+		return LEFT_ITS_FILE;
+	if (facts->mapcount >= 0)
+		return STILL_MAPPED;
+	if (HAS_FLAG(facts, PG_SWAPBACKED_BIT))
+		return SWAP_BACKED;
+	if (facts->pages > 1)
+		return LARGE_FOLIO;
+	if (HAS_FLAG(facts, PG_DIRTY_BIT))
+		return DIRTY_PAGE;
+	if (facts->references > references_expected(facts)) {
+		/* A page waits in a batch of its CPU, which holds a reference: folio_add_lru(). */
+		if (facts->class == CACHE_BUFFER && !HAS_FLAG(facts, PG_LRU_BIT) &&
+		    facts->references == references_expected(facts) + 1)
+			return NOT_YET_ON_LRU;
+		return EXTRA_REFERENCE;
+	}
+	return NO_REASON;
+}
+
+/*
+ * What is wrong with a page that has just been moved into a page cache, still locked and not up
+ * to date, so that nobody can have mapped or dirtied it since.
+ *
+ * @before: what was seen of it as it was offered
+ * @now: what is seen of it in its new place
+ * @elsewhere: whether the page cache that it came from still holds it
+ *
+ * The new owner, its request and a batch of the LRU refer to it. Lookups do so for a moment, so
+ * that references count only if there were too many before too.
+ */
+#define PUBLISHED_REFERENCES 3
+static inline __attribute__((always_inline)) unsigned int
+judge_published(struct facts *before, struct facts *now, int elsewhere)
+{
+	if (elsewhere)
+		return DOUBLE_OWNER;
+	if (now->mapcount >= 0)
+		return PUBLISHED_WHILE_MAPPED;
+	if (HAS_FLAG(now, PG_SWAPBACKED_BIT) || HAS_FLAG(now, PG_DIRTY_BIT) ||
+	    HAS_FLAG(now, PG_WRITEBACK_BIT))
+		return PUBLISHED_ACTIVATED;
+	if (before->references > references_expected(before) &&
+	    now->references > PUBLISHED_REFERENCES)
+		return PUBLISHED_WHILE_REFERENCED;
+	return NO_FINDING;
+}
+
+/* Page-cache pages may leave in a packet only if it says so (SKBFL_SHARED_FRAG, 5.14). */
+#define SHARED_FRAG 2
+static inline __attribute__((always_inline)) unsigned int judge_fragment(unsigned long long mapping,
+									 unsigned int packet_flags)
+{
+	return is_cache_page(mapping) && !(packet_flags & SHARED_FRAG) ? SHARED_FRAG_LOST
+								       : NO_FINDING;
+}
