@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "say what can be seen on this system",
     "record": "keep what the live dashboard would show",
     "replay": "show a recording again, with no privileges",
+    "verify": "compare cached pages with what is on disk",
     "workload": "list or run the built-in workloads",
     "diff": "say what changed between two audits",
 }
