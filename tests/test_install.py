@@ -22,17 +22,17 @@ PROGRAM = r"""
 
 int main(int argc, char **argv)
 {
-	struct rsplice_result result;
-	int64_t offset = 0;
-	int ends[2], fd = open(argv[argc - 1], O_RDONLY);
-	ssize_t done;
+    struct rsplice_result result;
+    int64_t offset = 0;
+    int ends[2], fd = open(argv[argc - 1], O_RDONLY);
+    ssize_t done;
 
-	if (pipe(ends))
-		return 1;
-	done = rsplice(fd, &offset, ends[1], NULL, 8192, 0, &result);
-	printf("%s %zd %d\n", rsplice_version(), done,
-	       (uint64_t)done == result.moved + result.copied + result.unknown);
-	return 0;
+    if (pipe(ends))
+        return 1;
+    done = rsplice(fd, &offset, ends[1], NULL, 8192, 0, &result);
+    printf("%s %zd %d\n", rsplice_version(), done,
+           (uint64_t)done == result.moved + result.copied + result.unknown);
+    return 0;
 }
 """
 
