@@ -17,7 +17,7 @@ from rsplice.journey import HOWS, MARKS, SHARE, STEPS, Event, Request
 from rsplice.tracers import operations
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.layout import Field, Layout
-from rsplice.tracers.program import Program
+from rsplice.tracers.program import BpfError, Program
 
 #: Kernel fields that only journeys need, and what is not told without them.
 FEATURES = {
@@ -56,6 +56,7 @@ class Hook:
     cost: str
     feature: str = "journey"
     older: str = ""  #: its name on older kernels, with the same first argument
+    required: bool = False  #: stories would be wrong without it
 
     def name_on(self, btf: Btf) -> str:
         """The tracepoint's name on this kernel, "" if it has none."""
@@ -65,7 +66,7 @@ class Hook:
 
 #: Attached in this order, and before the audit's own: see jt_fuse_request_end.
 HOOKS = (
-    Hook("mm_page_free", "the ends of pages are not seen in journeys"),
+    Hook("mm_page_free", "the ends of pages are not seen in journeys", required=True),
     Hook("mm_page_alloc", "allocations are not seen in journeys"),
     Hook("block_bio_queue", "pages that are allocated in bulk seem to come from nowhere", "block"),
     Hook("block_rq_complete", FEATURES["block"], "block"),
@@ -80,7 +81,7 @@ HOOKS = (
          "writeback_dirty_page"),
     Hook("fuse_request_end", "pages moved by FUSE replies are not seen in journeys", "fuse"),
     Hook("net_dev_start_xmit", "pages that are sent are not seen in journeys", "network"),
-    Hook("sys_exit", "pages in pipes are not seen in journeys"),
+    Hook("sys_exit", "pages in pipes are not seen in journeys", required=True),
 )  # fmt: skip
 
 #: Programs that jt_sys_exit ends in, by their place in journey_programs.
@@ -149,10 +150,36 @@ class Follower:
         return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
     def attach(
-        self, program: Program, btf: Btf, attached: list[str], missing: list[MissingProbe]
+        self,
+        program: Program,
+        btf: Btf,
+        attached: list[str],
+        missing: list[MissingProbe],
+        strict: bool,
     ) -> None:
-        """Attaches all programs that this kernel has tracepoints for. BpfError on failure."""
+        """Attaches all programs that this kernel has tracepoints for.
+
+        BpfError if the kernel refuses one: any if *strict*, else one that none can do without.
+        """
         self._program = program
+        names = self._names(btf, missing)
+        with ThreadPoolExecutor() as pool:
+            tails = [pool.submit(program.load, function, "sys_exit") for function in TAILS]
+            loads = [pool.submit(program.load, f"jt_{h.tracepoint}", n) for h, n in names.items()]
+        for index, tail in enumerate(tails):
+            program.set_tail("journey_programs", index, tail.result())
+            os.close(tail.result())  # the array holds it
+        for (hook, name), load in zip(names.items(), loads, strict=True):
+            try:
+                program.attach(load.result(), name)
+                attached.append(f"journey {hook.tracepoint}")
+            except BpfError as error:
+                if strict or hook.required:
+                    raise
+                missing.append(MissingProbe(f"journey {hook.tracepoint}", str(error), hook.cost))
+
+    def _names(self, btf: Btf, missing: list[MissingProbe]) -> dict[Hook, str]:
+        """The tracepoints of this kernel; those that it lacks are noted as missing."""
         names: dict[Hook, str] = {}
         for hook in HOOKS:
             name = hook.name_on(btf)
@@ -162,18 +189,10 @@ class Follower:
                 continue
             reason = reason or "this kernel has no such tracepoint"
             missing.append(MissingProbe(f"journey {hook.tracepoint}", reason, hook.cost))
-        with ThreadPoolExecutor() as pool:
-            loads = [pool.submit(program.load, f"jt_{h.tracepoint}", n) for h, n in names.items()]
-            tails = [pool.submit(program.load, function, "sys_exit") for function in TAILS]
-        for index, tail in enumerate(tails):
-            program.set_tail("journey_programs", index, tail.result())
-            os.close(tail.result())  # the array holds it
-        for (hook, name), load in zip(names.items(), loads, strict=True):
-            program.attach(load.result(), name)
-            attached.append(f"journey {hook.tracepoint}")
         if "name" in self._missing:
             reason = self._missing["name"]
             missing.append(MissingProbe("journey names", reason, FEATURES["name"]))
+        return names
 
     def begin(self) -> None:
         """Begins to read; to be called once everything is attached."""

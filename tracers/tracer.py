@@ -224,7 +224,7 @@ class Tracer:
             tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
             usdt.attach(program, self._files, self.usdt_files, self.missing)
         if self.journeys:
-            self.journeys.attach(program, btf, self.attached, self.missing)
+            self.journeys.attach(program, btf, self.attached, self.missing, self.direct)
         for tail, load in zip(tails, tail_loads, strict=True):
             self._put_tail(program, tail, load)
         for probe in sorted(loads, key=lambda p: p.tracepoint == "sys_exit"):
