@@ -167,7 +167,7 @@ static __always_inline bool within_share(struct journey *journey, u32 step)
 }
 
 /* The last part of the file's name, and its inode. */
-static __always_inline void name_file(struct journey_event *event, u64 mapping)
+static __always_inline void tell_file(struct journey_event *event, u64 mapping)
 {
 	u64 inode, dentry;
 
@@ -200,7 +200,7 @@ static __always_inline void tell_state(struct journey_event *event, u64 head)
 #endif
 	if (event->mapcount < 0) /* page_type shares the place */
 		event->mapcount = 0;
-	name_file(event, read64(head + PAGE_MAPPING));
+	tell_file(event, read64(head + PAGE_MAPPING));
 }
 
 static __always_inline void tell_birth(struct journey_event *event, u64 head)
