@@ -42,7 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., Non
     """The DESTDIR of an installation with PREFIX=/usr."""
     needs("make", "cc", "pkg-config", "nm", "readelf")
     build, root = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("root")
-    command = ["make", "-s", "-C", ROOT / "csrc", f"BUILD={build}", "install"]
+    command = ["make", "-s", "-C", str(ROOT / "csrc"), f"BUILD={build}", "install"]
     done = subprocess.run(
         [*command, f"DESTDIR={root}", "PREFIX=/usr"], capture_output=True, text=True
     )
