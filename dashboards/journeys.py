@@ -60,7 +60,8 @@ def _heading(story: Story) -> str:
     file = f" of {sanitise(story.file)}" if story.file else ""
     large = f", a folio of {story.pages} pages" if story.pages > 1 else ""
     end = "freed in the end" if story.freed else "not freed while it was followed"
-    return f"page {story.page}{file}{large}, {end}"
+    frame = "" if story.frame is None else f", frame {story.frame}"
+    return f"page {story.page}{file}{frame}{large}, {end}"
 
 
 def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:

@@ -67,6 +67,7 @@ class Event:
     name: str = ""  #: last part of the file's name
     index: int = 0
     pages: int = 1  #: of its folio
+    frame: int | None = None  #: number of the page frame, None where it is not known
     first: bool = False  #: the first event of its page, which also tells of its birth:
     born: int = 0  #: when it was allocated, 0 if that was not seen
     born_pid: int = 0
@@ -106,6 +107,7 @@ class Story:
     pages: int = 1  #: of its folio
     freed: bool = False  #: the last step is its end
     unkept: int = 0  #: events beyond its share: they were counted, not kept
+    frame: int | None = None  #: number of the page frame, None where it is not known
 
     @property
     def file(self) -> str:
@@ -119,7 +121,9 @@ class Story:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Story:
         steps = [Step.from_json(step) for step in data["steps"]]
-        return Story(data["page"], steps, data["pages"], data["freed"], data["unkept"])
+        return Story(
+            data["page"], steps, data["pages"], data["freed"], data["unkept"], data["frame"]
+        )
 
 
 @dataclass
@@ -186,6 +190,7 @@ def _story(page: int, events: list[Event], marks: Mapping[tuple[int, ...], list[
         [step for _, step in steps],
         max(event.pages for event in events),
         end is not None,
+        frame=events[0].frame,
     )
 
 

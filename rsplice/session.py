@@ -156,7 +156,7 @@ class Session:
 
     def _read_journeys(self, followed: Follower) -> Journeys:
         """The stories so far."""
-        self._events += followed.read(self.tracer.counters.kind)
+        self._events += followed.read(self.tracer.counters.kind, self.tracer.frame_of)
         return tell(self._events, followed.request, followed.beyond(), followed.lost())
 
 

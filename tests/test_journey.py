@@ -301,10 +301,10 @@ def test_a_story_as_it_is_printed() -> None:
         Step(13_700, "queued", "in a pipe, from ext4 by splice", 7, "cp", 2, 1, ["lru"], "a"),
         Step(1_001_000, "freed", "", 7, "cp", 0, 0, [], "none"),
     ]
-    journeys = Journeys(4, "", [Story(1, steps, 1, True)])
+    journeys = Journeys(4, "", [Story(1, steps, 1, True, frame=4711)])
     assert [line.plain for line in journey_lines(journeys, 80)] == [
         "JOURNEYS: 1 page, the first that were seen queued in a pipe",
-        "page 1 of a, freed in the end",
+        "page 1 of a, frame 4711, freed in the end",
         "         0  allocated      [cp 7]",
         "   12.7 us  queued        in a pipe, from ext4 by splice [cp 7]",
         "            (2 references, mapped once, mapping a, lru)",

@@ -90,7 +90,7 @@ TAILS = ("jt_scan", "jt_complete")
 _FLAGS = ("locked", "referenced", "uptodate", "dirty", "lru", "active", "writeback", "swapbacked")
 _PAGE = mmap.PAGESIZE
 # bpf/journey.c: struct journey_event
-_EVENT = struct.Struct("=11Q6I2i6I16s16s32s")
+_EVENT = struct.Struct("=12Q6I2i6I16s16s32s")
 _TARGET = struct.Struct("=QQ")
 # include/uapi/linux/bpf.h
 _BUSY, _DISCARD, _HEADER = 1 << 31, 1 << 30, 8
@@ -216,14 +216,15 @@ class Follower:
         if not values or not _TARGET.unpack(values[0])[1]:
             raise RspliceError("--journey-file: the file's page cache was not found")
 
-    def read(self, kind: Callable[[int], str]) -> list[Event]:
+    def read(self, kind: Callable[[int], str], frame: Callable[[int], int | None]) -> list[Event]:
         """The events since the last time.
 
         :param kind: the name of an end, from its word
+        :param frame: the page frame's number, from the address of its struct page
         """
         if self._ring is None:
             return []
-        return [_event(record, kind, self._flags) for record in self._ring.drain()]
+        return [_event(record, kind, frame, self._flags) for record in self._ring.drain()]
 
     def lost(self) -> int:
         """Events for which the ring had no room."""
@@ -326,15 +327,21 @@ def _flags(btf: Btf) -> dict[int, str]:
     return {1 << bit: name for name, bit in bits.items() if bit is not None}
 
 
-def _event(record: bytes, kind: Callable[[int], str], names: Mapping[int, str]) -> Event:
+def _event(
+    record: bytes,
+    kind: Callable[[int], str],
+    frame: Callable[[int], int | None],
+    names: Mapping[int, str],
+) -> Event:
     fields = _EVENT.unpack(record[: _EVENT.size])
-    (time, mapping, flags, index, inode, end, call, call_time, call_filled, born, filled,
+    (time, mapping, flags, index, inode, end, call, call_time, call_filled, born, filled, address,
      number, step, via, how, pid, tid, refcount, mapcount, pages, device, born_pid, born_exact,
      first, direct, comm, born_comm, name) = fields  # fmt: skip
     is_mark = STEPS[step] == "mark"
     return Event(
         time=time,
         page=number,
+        frame=frame(address),
         step=MARKS[filled] if is_mark else STEPS[step],
         how=str(how) if is_mark else HOWS[how],
         via=operations.via_name(via) if end else "",

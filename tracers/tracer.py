@@ -143,6 +143,7 @@ class Tracer:
         self.journeys = journeys
         self._sizes = map_sizes(possible_cpus())
         self._vmemmap: int | None = None
+        self._page_size = 0
         try:
             self._begin(direct, follow_all)
         finally:
@@ -155,6 +156,7 @@ class Tracer:
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)
+        self._page_size = layout.constants.get("PAGE_SIZE_OF", 0)
         has_flows = "net_dev_start_xmit" in self.attached
         self.counters = Counters(
             self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
@@ -274,6 +276,12 @@ class Tracer:
         RspliceError if there is no such process.
         """
         self.counters.follow(pid)
+
+    def frame_of(self, page: int) -> int | None:
+        """The number of a page frame, from the address of its struct page; None if not known."""
+        if self._vmemmap is None or not page or not self._page_size:
+            return None
+        return (page - self._vmemmap) // self._page_size
 
     def close(self) -> None:
         if self.journeys:

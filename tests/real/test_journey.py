@@ -72,6 +72,10 @@ class Vector(ctypes.Structure):
 memory = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory[:] = b"x" * 4096
 view = (ctypes.c_char * 4096).from_buffer(memory)
+with open("/proc/self/pagemap", "rb") as table:
+    table.seek(ctypes.addressof(view) // 4096 * 8)
+    entry = int.from_bytes(table.read(8), "little")
+open(sys.argv[2], "w").write(str(entry & (1 << 55) - 1))
 out, into = os.pipe()
 vector = Vector(ctypes.addressof(view), 4096)
 assert ctypes.CDLL(None).vmsplice(into, ctypes.byref(vector), 1, 8) == 4096
@@ -157,6 +161,7 @@ def step(story: Story, what: str) -> dict[str, Any]:
 class Told:
     result: Result
     trace: list[dict[str, Any]]
+    frame: int = 0  #: of the page that was given away, by the process's own page table
 
     @property
     def stories(self) -> list[Story]:
@@ -189,20 +194,20 @@ def queued(ext4: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     source.mkdir(exist_ok=True)
     mount.mkdir()
     cold(Scratch(source, "ext4").file("whole", READER_PAGES * PAGE))
+    trace, frame = directory / "trace.json", directory / "frame"
     script = shell(AGAIN, "j-twice", twice, "2", "0") + shell(AGAIN, "j-hot", hot, str(HOT), "0")
-    script += shell(GIFT, "j-gift") + shell(WRITE, "j-write") + shell(SEND, "j-send", sent)
+    script += shell(GIFT, "j-gift", frame) + shell(WRITE, "j-write") + shell(SEND, "j-send", sent)
     script += SERVE.format(
         rsplice=" ".join(RSPLICE), source=source, mount=mount,
         reader=shell(MAPPED, "j-mapped", mount / "whole"),
     )  # fmt: skip
-    trace = directory / "trace.json"
     with process(python(AGAIN, "j-twin", twin, str(10**9), "0.005")) as unfollowed:
         result = audit(
             ["/bin/sh", "-ec", script], f"--journey={PAGES_MAX}", "--journey-json", str(trace)
         )
         assert unfollowed.poll() is None
     assert result.status == 0, result.stderr
-    return Told(result, json.loads(trace.read_text()))
+    return Told(result, json.loads(trace.read_text()), int(frame.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +252,7 @@ def test_a_gift_is_still_mapped_when_it_is_queued(queued: Told) -> None:
     assert (queue["mapcount"], queue["mapping"]) == (1, "anonymous memory")
     assert "swapbacked" in queue["flags"]
     assert step(story, "unmapped")["mapcount"] == 0
+    assert story["frame"] == queued.frame > 0
     assert step(story, "unmapped")["pid"] == 0, "whoever notices need not have done it"
 
 

@@ -53,6 +53,7 @@ struct journey_event {
 	u64 call_filled; /* when it last told of a fill; of a mark: bytes */
 	u64 born;	 /* of the first event of a page: when it was allocated */
 	u64 filled;	 /* and when a device filled it; of a mark: what it is */
+	u64 page;	 /* the address of its struct page */
 	u32 id;
 	u32 step;
 	u32 via;
@@ -303,6 +304,7 @@ static __always_inline void tell(struct journey *journey, struct hit *hit)
 	__builtin_memset(event, 0, sizeof(*event));
 	event->time = hit->time ? hit->time : bpf_ktime_get_ns();
 	event->id = journey->id;
+	event->page = hit->head;
 	event->step = hit->step;
 	event->via = hit->via;
 	event->how = hit->how;
