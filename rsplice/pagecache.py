@@ -52,6 +52,8 @@ NETWORK = frozenset((
 ))
 # fmt: on
 
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
@@ -224,7 +226,7 @@ class Window:
         length = ctypes.c_size_t(self.pages * PAGE)
         if _libc.mincore(ctypes.c_void_p(self.address), length, states):
             return bytes(self.pages)
-        return bytes(state & 1 for state in states.raw)
+        return states.raw.translate(_LOWEST_BIT)
 
     def copy(self, first: int, count: int, to: Buffer) -> int:
         """Copies *count* cached pages from *first* on to their places; how many there were."""
@@ -298,6 +300,14 @@ class CachedFile:
             what = "FIEMAP" if self._direct is not None else "O_DIRECT"
             return f"{kind} has no {what} ({error.strerror})"
         return None
+
+    def cached(self, offset: int, pages: int) -> bool:
+        """Whether any page of a range is cached.
+
+        cachestat(2) will not do: of a file of overlayfs it sees none, they are another file's.
+        """
+        with self.window(offset, pages) as window:
+            return 1 in window.resident()
 
     def window(self, offset: int, pages: int) -> Window:
         return Window(self.fd, offset, pages)

@@ -44,6 +44,7 @@ ADVICE = (
 )
 
 CHUNK = 256  #: pages that are looked at together
+SPAN = 64 * CHUNK  #: pages that are passed over together where none is cached
 PAUSES = (0.01, 0.05, 0.2, 0.5)  #: seconds before each further look at a page that differs
 _RETRIES = (
     0.02,
@@ -79,6 +80,7 @@ class Cached(Protocol):
     def size(self) -> int: ...
     @property
     def stamp(self) -> tuple[int, int, int]: ...
+    def cached(self, offset: int, pages: int) -> bool: ...
     def window(self, offset: int, pages: int) -> AbstractContextManager[Mapped]: ...
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]: ...
     def disk(self, offset: int, length: int, written: int, to: Buffer, at: int) -> int: ...
@@ -201,7 +203,13 @@ class Verifier:
     def verify(self, file: Cached) -> Counts:
         """Compares what of *file* is cached. OSError if it cannot be looked at."""
         pages = -(-file.size // PAGE)
-        parts = [(first, min(CHUNK, pages - first)) for first in range(0, pages, CHUNK)]
+        # Of a large file, such as a sparse image, little may be cached.
+        parts = [
+            (first + part, size)
+            for first, count in divided(pages, SPAN)
+            if file.cached(first * PAGE, count)
+            for part, size in divided(count, CHUNK)
+        ]
         counts = self._look_at(file, parts)
         self._confirm(file, counts)
         return counts
@@ -428,6 +436,12 @@ def alike(values: list[Any]) -> Iterator[tuple[int, int, Any]]:
         if values[begin] is not None:
             yield begin, end, values[begin]
         begin = end
+
+
+def divided(pages: int, size: int) -> Iterator[tuple[int, int]]:
+    """*pages* pages as (first, count) of no more than *size*."""
+    for first in range(0, pages, size):
+        yield first, min(size, pages - first)
 
 
 def runs(pages: list[int]) -> Iterator[tuple[int, int]]:

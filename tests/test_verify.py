@@ -44,6 +44,7 @@ from rsplice.verify import (
     Verifier,
     alike,
     difference,
+    divided,
     finding,
     runs,
 )
@@ -85,6 +86,10 @@ class Fake:
     @property
     def stamp(self) -> tuple[int, int, int]:
         return self.size, self.time, 0
+
+    def cached(self, offset: int, pages: int) -> bool:
+        first = offset // PAGE
+        return not self.absent.issuperset(range(first, first + pages))
 
     @contextmanager
     def window(self, offset: int, pages: int) -> Iterator[Fake]:
@@ -229,6 +234,14 @@ def test_what_is_not_cached_is_not_read() -> None:
     file.on_disk[3 * PAGE] ^= 1
     assert summary(verified(file)) == (4, 0, 0, [])
     assert file.reads == [(PAGE, 2 * PAGE), (4 * PAGE, 2 * PAGE)]
+
+
+def test_spans_without_a_cached_page_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsplice.verify.SPAN", 2 * CHUNK)
+    pages = 5 * CHUNK
+    file = fake(pages, absent=set(range(pages)) - {4, 4 * CHUNK + 1})
+    assert summary(verified(file)) == (2, 0, 0, [])
+    assert sorted(file.reads) == [(4 * PAGE, PAGE), ((4 * CHUNK + 1) * PAGE, PAGE)]
 
 
 def test_only_bytes_of_the_file_count() -> None:
@@ -393,6 +406,8 @@ def test_runs() -> None:
     assert list(alike([1, 1, None, 2, 2, 1])) == [(0, 2, 1), (3, 5, 2), (5, 6, 1)]
     assert list(alike([])) == []
     assert list(runs([1, 2, 3, 7, 9, 10])) == [(1, 3), (7, 1), (9, 2)]
+    assert list(divided(5, 2)) == [(0, 2), (2, 2), (4, 1)]
+    assert list(divided(0, 2)) == []
     assert list(runs(list(range(CHUNK + 2)))) == [(0, CHUNK), (CHUNK, 2)]
 
 

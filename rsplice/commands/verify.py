@@ -198,8 +198,8 @@ def _summary(done: Verification) -> str:
     compared = done.total("compared")
     text = (
         f"rsplice: {phrases.plural(len(done.results), 'file')}, "
-        f"{phrases.plural(compared, 'cached page')} ({phrases.size(compared * PAGE)}) "
-        f"compared in {phrases.duration(done.duration_s)}, "
+        f"{phrases.plural(compared, 'cached page')} ({phrases.size(compared * PAGE)}), "
+        f"{phrases.duration(done.duration_s)}: "
         f"{done.differing or 'none'} {'differs' if done.differing == 1 else 'differ'}"
     )
     busy = done.total("busy")
