@@ -99,6 +99,7 @@ URING_OPS = {
 #: Operation numbers in BPF keys: position in SYSCALLS, or these.
 VIA_FUSE_REPLY = 100
 VIA_EXIT = 101  #: of findings: the end of a process
+VIA_PACKET = 102  #: of findings: a packet that leaves
 VIA_URING = 128  #: plus the io_uring opcode
 
 #: Entries of the kernel's table of calls; x32 calls have bit 30 set and are masked into it.
@@ -109,8 +110,8 @@ def via_name(via: int) -> str:
     """The name of operation *via* of a BPF key."""
     if via == VIA_FUSE_REPLY:
         return "fuse reply"
-    if via == VIA_EXIT:
-        return "exit"
+    if via in (VIA_EXIT, VIA_PACKET):
+        return "exit" if via == VIA_EXIT else "packet"
     if via >= VIA_URING:
         return f"io_uring {URING_OPS[via - VIA_URING][0]}"
     return SYSCALLS[via].name
@@ -145,6 +146,7 @@ def defines() -> str:
     for via, call in enumerate(SYSCALLS):
         lines.append(f"#define VIA_{call.name.replace(' ', '_').upper()} {via}")
     lines += [f"#define VIA_FUSE_REPLY {VIA_FUSE_REPLY}", f"#define VIA_EXIT {VIA_EXIT}"]
+    lines.append(f"#define VIA_PACKET {VIA_PACKET}")
     lines += [f"#define TABLE_SIZE {TABLE_SIZE}"]
     lines.append(f"#define MANY_MESSAGES {MANY_MESSAGES}")
     return "\n".join(lines) + "\n"

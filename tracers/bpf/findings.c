@@ -9,11 +9,18 @@
 #define PROGRAM_OFFER	1
 BPF_PROG_ARRAY(enter_programs, 2);
 
+static __always_inline bool is_fuse_device(u64 file)
+{
+	u64 inode = read64(file + FILE_INODE);
+
+	return (read16(inode + INODE_MODE) & S_IFMT) == S_IFCHR &&
+	       (u32)read32(inode + INODE_RDEV) == FUSE_DEVICE;
+}
+
 /* The pipe that a call takes buffers from; false if it takes from none. */
 static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u64 regs, u32 shape)
 {
 	u64 file = file_of(task, read64(regs + REGS_ARG0)), inode;
-	struct end end = {};
 
 	if (!file)
 		return false;
@@ -25,17 +32,14 @@ static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u
 	inspect_pipe(inspection, pipe_of(file));
 	if (!inspection->slots)
 		return false;
-	inspection->inode = read64(inode + INODE_INO);
-	inspection->key.source =
-		read64(read64(inode + INODE_SB) + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
-	inspection->key.destination = END_USER;
+	inspection->source = file;
+	inspection->destination = USER_MEMORY;
 	inspection->bytes = ~0ULL; /* vectors are not added up: see already_judged() */
 	if (shape != SHAPE_SPLICE)
 		return true;
-	fill_end(&end, file_of(task, read64(regs + REGS_ARG2)));
-	inspection->key.destination = end.id;
+	inspection->destination = file_of(task, read64(regs + REGS_ARG2));
 	inspection->bytes = read64(regs + REGS_ARG4);
-	if (end.id == END_FUSE_DEVICE) {
+	if (is_fuse_device(inspection->destination)) {
 		inspection->key.via = VIA_FUSE_REPLY;
 		inspection->reply = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
 	}
@@ -76,7 +80,7 @@ int tp_sys_enter(u64 *ctx)
  */
 static __always_inline bool already_judged(struct inspection *inspection, u32 number)
 {
-	struct judged_key key = {.inode = inspection->inode, .bufs = 0};
+	u64 key = read64(read64(inspection->source + FILE_INODE) + INODE_INO);
 	u32 next = number + 1, *known = judged.lookup(&key);
 
 	if (known && (s32)(number - *known) < 0)
@@ -85,50 +89,69 @@ static __always_inline bool already_judged(struct inspection *inspection, u32 nu
 	return false;
 }
 
-static __always_inline void judge_slot(struct inspection *inspection,
-				       struct buffer_classes *classes)
+/* The first occurrence in a call: most calls have none, and need no names of their ends. */
+static __always_inline void find_ends(struct inspection *inspection)
 {
-	u32 number = inspection->tail + inspection->next++;
-	u64 slot = slot_at(inspection->bufs, number, inspection->mask), operations;
+	struct end end = {};
 
-	inspection->total += (u32)read32(slot + BUF_LEN);
+	fill_end(&end, inspection->source);
+	inspection->key.source = end.id;
+	fill_end(&end, inspection->destination);
+	inspection->key.destination = end.id;
+}
+
+/* Judges the buffer in slot *number* of the pipe. Returns its length. */
+static __always_inline u32 judge_slot(struct inspection *inspection, struct buffer_classes *classes,
+				      u32 number)
+{
+	u64 slot = slot_at(inspection->bufs, number, inspection->mask);
+	u64 operations = read64(slot + BUF_OPS);
+	u32 length = read32(slot + BUF_LEN), class;
+
 	/* Others cannot be wrong, and need no look at their pages. */
-	operations = read64(slot + BUF_OPS);
 	if (operations == classes->operations[CACHE_BUFFER])
-		inspection->facts.class = CACHE_BUFFER;
+		class = CACHE_BUFFER;
 	else if (operations == classes->operations[USER_BUFFER])
-		inspection->facts.class = USER_BUFFER;
+		class = USER_BUFFER;
 	else
-		return;
+		return length;
 	load_folio(&inspection->folio, read64(slot + BUF_PAGE));
-	inspection->key.name = judge_buffer(inspection->facts.class, read32(slot + BUF_FLAGS),
+	inspection->key.name = judge_buffer(class, read32(slot + BUF_FLAGS),
 					    inspection->folio.mapping, inspection->folio.mapped);
 	if (!inspection->key.name || already_judged(inspection, number))
-		return;
+		return length;
+	find_ends(inspection);
+	inspection->facts.class = class;
 	load_slot_facts(&inspection->facts, slot);
 	record(&inspection->key, &inspection->facts, 0);
+	return length;
 }
 
 /* Judges what waits in the pipe. */
 int tp_buffers(u64 *ctx)
 {
-	u32 zero = 0, i;
+	u32 zero = 0, i, next, slots;
 	struct inspection *inspection = inspections.lookup(&zero);
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	u64 total;
 
 	if (!inspection || !classes)
 		return 0;
+	next = inspection->next;
+	slots = inspection->slots;
+	total = inspection->total;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < SLOTS_AT_ONCE; i++) {
-		if (inspection->next >= inspection->slots ||
-		    inspection->total >= inspection->bytes) {
+		if (next >= slots || total >= inspection->bytes) {
 			inspection->next = 0;
 			if (inspection->reply)
 				enter_programs.call(ctx, PROGRAM_OFFER);
 			return 0;
 		}
-		judge_slot(inspection, classes);
+		total += judge_slot(inspection, classes, inspection->tail + next++);
 	}
+	inspection->next = next;
+	inspection->total = total;
 	enter_programs.call(ctx, PROGRAM_BUFFERS);
 	return 0;
 }

@@ -194,7 +194,8 @@ static __always_inline void recall_offer(struct facts *facts, struct offered *of
 /* A pipe's ring under examination; in a map for the same reason as struct walk. */
 struct inspection {
 	struct finding_key key;
-	u64 inode; /* of the pipe */
+	u64 source; /* the struct file of the pipe, and of where its buffers go */
+	u64 destination;
 	u64 bufs;
 	u64 bytes; /* that may be consumed */
 	u64 total;
@@ -219,10 +220,9 @@ static __always_inline void inspect_pipe(struct inspection *inspection, u64 pipe
 		inspection->slots &= 0xffff;
 }
 
-/* How far each pipe's buffers have been judged: some are looked at twice and must count once. */
-struct judged_key {
-	u64 inode; /* its number: kernel memory is used again, numbers are not */
-	u64 bufs;
-};
-BPF_TABLE("lru_hash", struct judged_key, u32, judged, 1024);
+/*
+ * How far each pipe's buffers have been judged, by the number of its inode, which is not used
+ * again as kernel memory is: some are looked at twice and must count once.
+ */
+BPF_TABLE("lru_hash", u64, u32, judged, 1024);
 #endif

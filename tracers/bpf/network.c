@@ -26,6 +26,14 @@ struct packet {
 	u32 seq;    /* of the first payload byte */
 	u32 tcp;
 	u32 followed;
+#if FINDINGS
+	u64 process;
+	u64 lost; /* page of a fragment that the packet does not own up to */
+	u32 flags;
+	u32 pad;
+	struct finding_key key;
+	struct facts facts;
+#endif
 	struct folio folio;
 };
 
@@ -78,6 +86,36 @@ static __always_inline void count_sent(struct packet *packet, u64 mapping, u32 s
 	__sync_fetch_and_add(&flow->sent, length);
 }
 
+#if FINDINGS && SHINFO_FLAGS
+/*
+ * Page-cache pages leave in packets whose SKBFL_SHARED_FRAG is set (tcp_sendmsg_locked() and
+ * __ip_append_data() set it, 6.5 and later): whoever changes data in place copies it first.
+ */
+static __always_inline void check_fragment(struct packet *packet, u64 frag, u64 mapping)
+{
+	if (judge_fragment(mapping, packet->flags))
+		packet->lost = read64(frag + FRAG_PAGE) & ~3ULL;
+}
+
+/* One occurrence is one packet. */
+static __always_inline void record_lost(struct packet *packet)
+{
+	if (!packet->lost || !packet->process)
+		return;
+	__builtin_memset(&packet->key, 0, sizeof(packet->key));
+	packet->key.process = packet->process;
+	packet->key.source = END_UNKNOWN;
+	packet->key.destination =
+		END_SOCKET(read16(packet->sk + SOCK_FAMILY), read16(packet->sk + SOCK_TYPE),
+			   read16(packet->sk + SOCK_PROTOCOL));
+	packet->key.name = SHARED_FRAG_LOST;
+	packet->key.via = VIA_PACKET;
+	packet->facts.class = CACHE_BUFFER;
+	load_page_facts(&packet->facts, packet->lost);
+	record(&packet->key, &packet->facts, 0);
+}
+#endif
+
 int tp_net_dev_start_xmit(u64 *ctx)
 {
 	u64 skb = tracepoint_arg(ctx, 0), head, info;
@@ -99,7 +137,14 @@ int tp_net_dev_start_xmit(u64 *ctx)
 	if (!frag_mapping(&packet->folio, packet->frags) &&
 	    !frag_mapping(&packet->folio, packet->frags + (packet->nr_frags - 1) * FRAG_SIZE))
 		return 0;
+#if FINDINGS
+	packet->process = current_process();
+	packet->followed = packet->process != 0;
+	packet->flags = read8(info + SHINFO_FLAGS);
+	packet->lost = 0;
+#else
 	packet->followed = current_process() != 0;
+#endif
 	packet->seq = packet->linear = 0;
 	packet->tcp = read16(packet->sk + SOCK_PROTOCOL) == IPPROTO_TCP;
 	if (packet->tcp)
@@ -115,10 +160,16 @@ int tp_net_dev_start_xmit(u64 *ctx)
 			break;
 		length = read32(frag + FRAG_LEN);
 		mapping = frag_mapping(&packet->folio, frag);
+#if FINDINGS && SHINFO_FLAGS
+		check_fragment(packet, frag, mapping);
+#endif
 		if (mapping)
 			count_sent(packet, mapping, seq, length);
 		seq += length;
 	}
+#if FINDINGS && SHINFO_FLAGS
+	record_lost(packet);
+#endif
 	return 0;
 }
 #endif

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+"""What follows from states that no sound kernel shows, or that come about by chance only.
+
+The text that decides runs in the kernel; here it is compiled as a library of this machine's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cffi import FFI
+
+from rsplice.limits import FINDINGS
+from rsplice.tracers import findings, program
+from rsplice.tracers.findings import NAMES, REASONS, meaning
+
+TEXT = Path(program.__file__).parent / "bpf" / "judgements.h"
+BITS = {"WRITEBACK": 1, "DIRTY": 4, "LRU": 5, "PRIVATE": 14, "SWAPBACKED": 17}
+ANONYMOUS, CACHE, USER, FILLED, NOSTEAL, OTHER = range(6)
+GIFT, CAN_MERGE = 0x04, 0x10
+FILE, OTHER_FILE, ANONYMOUS_MAPPING = 0xFFFF888000001000, 0xFFFF888000002000, 0xFFFF888000001001
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) -> Any:
+    """The functions of judgements.h."""
+    needs("cc")
+    folder = tmp_path_factory.mktemp("judgements")
+    defines = "".join(f"#define PG_{name}_BIT {bit}\n" for name, bit in BITS.items())
+    (folder / "judge.c").write_text(
+        f'{defines}#include "{TEXT}"\n'
+        "unsigned buffer(unsigned c, unsigned f, unsigned long long m, int mapped)"
+        " { return judge_buffer(c, f, m, mapped); }\n"
+        "unsigned refused(struct facts *f) { return why_refused(f); }\n"
+        "unsigned published(struct facts *b, struct facts *n, int e)"
+        " { return judge_published(b, n, e); }\n"
+        "unsigned fragment(unsigned long long m, unsigned f) { return judge_fragment(m, f); }\n"
+    )
+    library = folder / "judge.so"
+    options = ["-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["cc", *options, "-o", library, folder / "judge.c"], check=True)
+    ffi = FFI()
+    ffi.cdef(
+        "struct facts { unsigned long long page, mapping, page_flags; unsigned references;"
+        " int mapcount; unsigned pages, class, flags, offset, length, pad; };"
+        "unsigned buffer(unsigned, unsigned, unsigned long long, int);"
+        "unsigned refused(struct facts *);"
+        "unsigned published(struct facts *, struct facts *, int);"
+        "unsigned fragment(unsigned long long, unsigned);"
+    )
+    functions: Any = ffi.dlopen(str(library))
+
+    class Judge:
+        library = functions
+
+        @staticmethod
+        def facts(page_flags: tuple[str, ...] = (), /, **seen: int) -> Any:
+            sound = {"references": 1, "mapcount": -1, "pages": 1, "length": 4096} | seen
+            bits = sum(1 << BITS[name] for name in page_flags)
+            return ffi.new("struct facts *", sound | {"page_flags": bits})
+
+    return Judge
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "mapping", "mapped", "name"),
+    [
+        (CACHE, CAN_MERGE, FILE, 0, "merge-flag-on-page-cache"),
+        (CACHE, CAN_MERGE, 0, 0, "merge-flag-on-page-cache"),
+        (CACHE, 0, FILE, 1, ""),
+        (CACHE, 0, 0, 0, "truncated-in-flight"),
+        (ANONYMOUS, CAN_MERGE, 0, 0, ""),  # what a pipe's own pages are
+        (USER, GIFT, ANONYMOUS_MAPPING, 1, "gift-still-mapped"),
+        (USER, GIFT, ANONYMOUS_MAPPING, 0, ""),
+        (USER, 0, ANONYMOUS_MAPPING, 1, "changed-in-flight"),
+        (USER, 0, ANONYMOUS_MAPPING, 0, ""),
+        (FILLED, 0, 0, 0, ""),
+        (NOSTEAL, 0, 0, 0, ""),
+        (OTHER, CAN_MERGE, FILE, 0, ""),
+    ],
+)
+def test_buffers_in_a_pipe(
+    judge: Any, kind: int, flags: int, mapping: int, mapped: int, name: str
+) -> None:
+    assert NAMES[judge.library.buffer(kind, flags, mapping, mapped)] == name
+
+
+CLEAN = {"class": CACHE, "mapping": FILE}
+REFUSED: list[tuple[tuple[str, ...], dict[str, int], str | None]] = [
+    (("LRU",), {**CLEAN, "references": 2}, None),
+    (("LRU", "PRIVATE"), {**CLEAN, "references": 3}, None),
+    ((), {**CLEAN, "references": 3}, "not yet on the LRU"),
+    (("PRIVATE",), {**CLEAN, "references": 4}, "not yet on the LRU"),
+    (("LRU",), {**CLEAN, "references": 3}, "extra reference"),
+    ((), {**CLEAN, "references": 4}, "extra reference"),
+    (("LRU", "DIRTY"), {**CLEAN, "references": 2}, "dirty"),
+    (("LRU", "DIRTY"), {**CLEAN, "references": 5, "pages": 4}, "large folio"),
+    (("LRU", "SWAPBACKED"), {**CLEAN, "references": 2}, "swap-backed"),
+    (("LRU",), {**CLEAN, "references": 3, "mapcount": 0}, "still mapped"),
+    (("LRU",), {"class": CACHE}, "the page has left its file"),
+    ((), {"class": ANONYMOUS}, None),
+    ((), {"class": FILLED}, None),
+    ((), {"class": FILLED, "references": 2}, "extra reference"),
+    ((), {"class": NOSTEAL}, "no-steal buffer"),
+    (("SWAPBACKED",), {"class": USER, "mapping": ANONYMOUS_MAPPING}, "not a gift"),
+    (
+        ("SWAPBACKED",),
+        {"class": USER, "flags": GIFT, "mapping": ANONYMOUS_MAPPING},
+        "swap-backed",
+    ),
+    (
+        ("SWAPBACKED",),
+        {"class": USER, "flags": GIFT, "mapping": ANONYMOUS_MAPPING, "mapcount": 0},
+        "still mapped",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "seen", "reason"), REFUSED)
+def test_why_a_page_is_not_taken(
+    judge: Any, flags: tuple[str, ...], seen: dict[str, int], reason: str | None
+) -> None:
+    known = REASONS[judge.library.refused(judge.facts(flags, **seen))]
+    assert (known.reason if known else None) == reason
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "now", "elsewhere", "name"),
+    [
+        (1, (), {"references": 3}, 0, ""),
+        (1, ("LRU",), {"references": 2}, 0, ""),
+        (1, (), {"references": 3}, 1, "double-owner"),
+        (1, (), {"references": 3, "mapcount": 0}, 0, "published-while-mapped"),
+        (1, ("SWAPBACKED",), {"references": 3}, 0, "published-activated"),
+        (1, ("DIRTY",), {"references": 3}, 0, "published-activated"),
+        (1, ("WRITEBACK",), {"references": 3}, 0, "published-activated"),
+        (2, (), {"references": 4}, 0, "published-while-referenced"),
+        (1, (), {"references": 9}, 0, ""),  # lookups that wait for the page
+        (2, (), {"references": 3}, 0, ""),  # the other one has let go in between
+    ],
+)
+def test_pages_that_were_moved(
+    judge: Any, before: int, flags: tuple[str, ...], now: dict[str, int], elsewhere: int, name: str
+) -> None:
+    offered = judge.facts(references=before, **{"class": FILLED})
+    moved = judge.facts(flags, mapping=OTHER_FILE, **now)
+    assert NAMES[judge.library.published(offered, moved, elsewhere)] == name
+
+
+@pytest.mark.parametrize(
+    ("mapping", "flags", "name"),
+    [
+        (FILE, 0, "shared-frag-lost"),
+        (FILE, 1, "shared-frag-lost"),
+        (FILE, 2, ""),
+        (FILE, 3, ""),
+        (0, 0, ""),
+        (ANONYMOUS_MAPPING, 0, ""),
+    ],
+)
+def test_fragments_of_packets(judge: Any, mapping: int, flags: int, name: str) -> None:
+    assert NAMES[judge.library.fragment(mapping, flags)] == name
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def enumerators(name: str) -> list[str]:
+    """The members of an enum of judgements.h."""
+    body = TEXT.read_text().split(f"enum {name} {{", 1)[1].split("}", 1)[0]
+    return [word.strip() for word in body.split(",") if word.strip()]
+
+
+def test_names_stand_in_the_order_of_the_text() -> None:
+    assert [n.lower().replace("_", "-") for n in enumerators("finding_name")[1:]] == list(NAMES[1:])
+    assert len(enumerators("reason")) == len(REASONS)
+    assert len(enumerators("buffer_class")) == len(findings.CLASSES) + 1
+
+
+def test_every_finding_is_one_of_the_catalogue_and_says_what_to_do() -> None:
+    for name in NAMES[1:]:
+        for reason in range(1, len(REASONS)) if name == "steal-refused" else (0,):
+            means = meaning(name, reason, "ext4")
+            assert name in FINDINGS[means.kind.replace(" ", "-")]
+            assert means.expected and means.advice.endswith((".", ";"))
+            assert "{" not in means.advice
+            assert bool(means.reason) == (name == "steal-refused")
+
+
+def test_a_reason_that_nobody_knows_is_not_known() -> None:
+    assert meaning("steal-refused", 10_000, "ext4").reason == "not known"
