@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -391,3 +393,29 @@ def test_the_ring_has_room_for_all_that_is_kept(pages: int) -> None:
     size = tracer.ring_pages(pages)
     assert size & (size - 1) == 0
     assert size * 4096 >= pages * (SHARE + 2) * (tracer._EVENT.size + 8)
+
+
+def test_the_ring_gives_each_complete_record_once(tmp_path: Path) -> None:
+    """A file laid out as the kernel maps a ring, but that its data are not there twice."""
+    path = tmp_path / "ring"
+    path.write_bytes(bytes(4 * 4096))
+    busy, discarded = 1 << 31, 1 << 30
+    with path.open("r+b") as file:
+        ring = tracer.Ring(file.fileno(), 1)
+
+        def put(at: int, head: int, data: bytes, end: int) -> None:
+            os.pwrite(file.fileno(), struct.pack("=II", head, 0) + data, 2 * 4096 + at)
+            os.pwrite(file.fileno(), struct.pack("=Q", end), 4096)
+
+        try:
+            assert ring.drain() == []
+            put(0, 5, b"first", 16)
+            put(16, 8 | discarded, b"unwanted", 32)
+            put(32, 3 | busy, b"???", 48)
+            assert ring.drain() == [b"first"]
+            assert ring.drain() == []
+            put(32, 3, b"end", 48)
+            assert ring.drain() == [b"end"]
+            assert os.pread(file.fileno(), 8, 0) == struct.pack("=Q", 48)
+        finally:
+            ring.close()

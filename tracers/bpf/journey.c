@@ -348,6 +348,15 @@ static __always_inline void tell_hits(struct hits *hits)
 	}
 }
 
+static __always_inline bool is_mapped(u64 head)
+{
+#if HAVE_MAPCOUNT
+	if (pages_of(head) > 1)
+		return (s32)read32(head + FOLIO_MAPCOUNT) >= 0;
+#endif
+	return (s32)read32(head + PAGE_MAPCOUNT) >= 0;
+}
+
 /* Adds a page, unless enough are followed already. */
 static __always_inline struct journey *choose(u64 head)
 {
@@ -361,7 +370,7 @@ static __always_inline struct journey *choose(u64 head)
 		return 0;
 	*taken = id + 1;
 	new.id = id;
-	new.mapped = (s32)read32(head + PAGE_MAPCOUNT) >= 0;
+	new.mapped = is_mapped(head);
 	if (journeys.insert(&head, &new))
 		return 0;
 	journey_pages.update(&id, &head);
@@ -630,15 +639,6 @@ int jt_mm_lru_insertion(u64 *ctx)
 }
 
 /* --- page tables --------------------------------------------------------------------------- */
-
-static __always_inline bool is_mapped(u64 head)
-{
-#if HAVE_MAPCOUNT
-	if (pages_of(head) > 1)
-		return (s32)read32(head + FOLIO_MAPCOUNT) >= 0;
-#endif
-	return (s32)read32(head + PAGE_MAPCOUNT) >= 0;
-}
 
 /* Looks which of the pages are mapped now and were not before, or the other way round. */
 static __always_inline void look_at_mapped(u64 mapping, u64 first, u64 last)
