@@ -54,6 +54,13 @@ def mapped(pid: int) -> list[Target]:
     return list(found.values())
 
 
+def comm(pid: int) -> str | None:
+    """The name of process *pid*; None if it has ended."""
+    with suppress(OSError), open(f"/proc/{pid}/comm", errors="surrogateescape") as file:
+        return file.read().rstrip("\n")
+    return None
+
+
 def _start(link: str) -> int:
     return int(link.partition("-")[0], 16)
 

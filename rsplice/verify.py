@@ -161,14 +161,21 @@ class FileResult:
         }
 
 
-def finding(results: Iterable[FileResult], pid: int | None = None) -> Finding | None:
-    """The finding of all pages that differ; None if none does."""
+def finding(
+    results: Iterable[FileResult], pid: int | None = None, comm: str | None = None
+) -> Finding | None:
+    """The finding of all pages that differ; None if none does.
+
+    :param pid: of the process that has the files mapped, if they are those of one
+    :param comm: its name
+    """
     bad = [result for result in results if result.counts.differing]
     if not bad:
         return None
     first = bad[0].counts.differing[min(bad[0].counts.differing)]
     seen = {
         "pid": pid,
+        "comm": comm,
         "operation": "verify",
         "file": bad[0].name,
         "offset": first.first,

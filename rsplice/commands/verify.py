@@ -29,7 +29,7 @@ from rsplice.dashboards import phrases
 from rsplice.dashboards.text import emit, sanitise
 from rsplice.errors import RspliceError
 from rsplice.pagecache import PAGE, CachedFile, Kernel, Unchecked
-from rsplice.targets import EXIT_UNCHECKED, Target, mapped, setuid
+from rsplice.targets import EXIT_UNCHECKED, Target, comm, mapped, setuid
 from rsplice.verify import SCHEMA, FileResult, Verifier, finding
 
 EXIT_FOUND = 1
@@ -45,6 +45,7 @@ class Verification:
     results: list[FileResult] = field(default_factory=list)
     duration_s: float = 0.0
     pid: int | None = None  #: whose mapped files these are
+    comm: str | None = None  #: its name
 
     @property
     def in_memory(self) -> list[FileResult]:
@@ -71,7 +72,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The document of schema rsplice.verify/1."""
-        found = finding(self.results, self.pid)
+        found = finding(self.results, self.pid, self.comm)
         return {
             "schema": SCHEMA,
             "rsplice": __version__,
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> Verification:
-    done = Verification(pid=args.mapped)
+    done = Verification(pid=args.mapped, comm=comm(args.mapped) if args.mapped else None)
     begun = time.monotonic()
     try:
         kernel = Kernel()
@@ -171,7 +172,7 @@ def _text(done: Verification, verbose: bool) -> str:
     lines = [_summary(done)]
     if verbose:
         lines += [_file_line(result) for result in done.results]
-    found = finding(done.results, done.pid)
+    found = finding(done.results, done.pid, done.comm)
     if found:
         lines.append(f"{sanitise(found.kind)}: {found.name}, {phrases.plural(found.count, 'page')}")
         for result in done.results:
