@@ -174,6 +174,8 @@ _METHOD = """\
   the same machine, with and without `rsplice audit` in turn, in twice as many rounds.
   The empty BPF program is measured too, in the same rounds: every system call of nginx and of wrk
   pays for it, so that it is the least that any tracer of system calls through BPF costs them.
+- The start is that of an audit whose BPF programs were compiled before, as all but the first after
+  an update of rsplice, BCC or the kernel are. The first takes one or two seconds more.
 - Where a librsplice with USDT probes is installed, an audit attaches to them: its start and end
   take some 50 ms more each, and a probe that a program meets costs it about 1 us.
 - Memory is the peak of rsplice's resident memory (VmHWM) and the memory of its BPF maps, during an

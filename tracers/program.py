@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Compiles the BPF programs with BCC, loads them, attaches them, and reads their maps.
+"""Loads the BPF programs, attaches them, and reads their maps.
 
-BCC compiles one text once per run and makes the maps; loading and attaching go through bpf(2)
-directly, because BCC has no tp_btf programs. Everything is held by file descriptors: closing
-them, also by dying, detaches and frees all of it.
+One text is compiled for all of a run (compiled.py). The rest goes through bpf(2) directly,
+because BCC has no tp_btf programs, and importing it takes long. Everything is held by file
+descriptors: closing them, also by dying, detaches and frees all of it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from cffi import FFI
 
 from rsplice.errors import RspliceError
 from rsplice.tracers.btf import Btf
+from rsplice.tracers.compiled import MapSpec, compiled, map_places
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h", "pages.h",
@@ -28,10 +32,13 @@ _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h"
             "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
+_MAP_CREATE = 0
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4
 _PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
 _ATTACH_TRACE_RAW_TP, _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 23, 41, 48
+# BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH
+_PERCPU = (5, 6, 10)
 _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
 # include/uapi/linux/perf_event.h
 _PERF_ATTR_SIZE, _PERF_FLAG_FD_CLOEXEC = 112, 8
@@ -98,7 +105,7 @@ def source_text(defines: str) -> str:
 class Map:
     """A BPF map, read and written as bytes.
 
-    :param fd: its descriptor, owned by BCC
+    :param fd: its descriptor, owned by the Program
     :param key_size: bytes of a key
     :param value_size: bytes of a value, of one CPU's
     :param cpus: how many values an entry has: possible CPUs for a per-CPU map, else 1
@@ -170,6 +177,34 @@ def possible_cpus() -> int:
     return max(int(part.split("-")[-1]) for part in text.split(",")) + 1
 
 
+def _create_map(spec: MapSpec) -> int:
+    """The descriptor of a new map. BpfError, most likely for want of memory or privilege."""
+    name = re.sub(r"\W", "_", spec.name).encode()[:15]
+    attributes = struct.pack(
+        "=IIIIIII16s", spec.type, spec.key_size, spec.value_size, spec.entries, spec.flags, 0, 0,
+        name,
+    )  # fmt: skip
+    try:
+        return _bpf(_MAP_CREATE, attributes)
+    except BpfError as error:
+        if error.errno != errno.EPERM:
+            raise
+        # Before 5.11 maps count as locked memory.
+        hard = resource.RLIM_INFINITY
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+        return _bpf(_MAP_CREATE, attributes)
+
+
+def _with_maps(code: bytes, fds: Sequence[int]) -> bytes:
+    """*code* with the descriptors of maps in the place of their numbers."""
+    patched = bytearray(code)
+    for at in map_places(code):
+        (number,) = struct.unpack_from("=i", patched, at + 4)
+        struct.pack_into("=i", patched, at + 4, fds[number])
+    return bytes(patched)
+
+
 class Program:
     """The compiled BPF text, its maps, and the probes attached so far.
 
@@ -183,42 +218,29 @@ class Program:
         self._direct = direct
         self._fds: list[int] = []
         self._slow_fds: list[int] = []  # of uprobes
-        os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "headers")
+        self._functions = dict[str, bytes]()
+        self._maps: dict[str, tuple[MapSpec, int]] = {}
+        found = compiled(text)
         try:
-            from bcc import BPF
-            from bcc.libbcc import lib
-        except ImportError as error:
+            for spec in found.maps:
+                self._maps[spec.name] = (spec, _create_map(spec))
+        except BpfError as error:
+            self.close()
             raise RspliceError(
-                "BCC is not installed: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
-                "(Fedora); PyPI's bcc is another package"
+                f"the kernel makes no map {spec.name} for the probes: {error}"
             ) from error
-        self._lib = lib
-        saved = os.dup(2)
-        try:
-            with _quiet() as messages:
-                os.dup2(messages.fd, 2)
-                self._bcc = BPF(text=text.encode(), cflags=["-g0", "-w"])
-        except Exception as error:
-            raise RspliceError(
-                f"BCC cannot compile the probes: {messages.text() or error}"
-            ) from error
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+        fds = [fd for _, fd in self._maps.values()]
+        for name, code in found.functions.items():
+            self._functions[name] = _with_maps(code, fds)
 
     def has(self, function: str) -> bool:
         """Whether the text, as compiled for this kernel, defines *function*."""
-        return bool(self._lib.bpf_function_start(self._bcc.module, function.encode()))
+        return function in self._functions
 
     def map(self, name: str) -> Map:
-        table = self._bcc[name.encode()]
-        percpu = "PerCpu" in type(table).__name__
-        return Map(
-            table.map_fd,
-            self._lib.bpf_table_key_size_id(self._bcc.module, table.map_id),
-            self._lib.bpf_table_leaf_size_id(self._bcc.module, table.map_id),
-            possible_cpus() if percpu else 1,
-        )
+        spec, fd = self._maps[name]
+        cpus = possible_cpus() if spec.type in _PERCPU else 1
+        return Map(fd, spec.key_size, spec.value_size, cpus)
 
     def attach(self, program: int, tracepoint: str) -> None:
         """Attaches a loaded program, which it takes over, to the raw tracepoint it is for.
@@ -268,12 +290,9 @@ class Program:
 
     def _code(self, function: str) -> bytearray:
         """The instructions of *function*; BpfError if the text has none of that name."""
-        encoded = function.encode()
-        start = self._lib.bpf_function_start(self._bcc.module, encoded)
-        size = self._lib.bpf_function_size(self._bcc.module, encoded)
-        if not start:
+        if function not in self._functions:
             raise BpfError(errno.ENOENT)
-        return bytearray(_ffi.buffer(_ffi.cast("char *", start), size))
+        return bytearray(self._functions[function])
 
     @staticmethod
     def _load(
@@ -357,7 +376,8 @@ class Program:
         self._fds.clear()
         _close_all(self._slow_fds)
         self._slow_fds.clear()
-        self._bcc.cleanup()
+        _close_all([fd for _, fd in self._maps.values()])
+        self._maps.clear()
 
 
 def _close_all(fds: Sequence[int]) -> None:
@@ -365,20 +385,3 @@ def _close_all(fds: Sequence[int]) -> None:
     if fds:
         with ThreadPoolExecutor(min(len(fds), 64)) as pool:
             pool.map(os.close, fds)
-
-
-class _quiet:
-    """A place for clang's messages, so that they reach the user only in an error."""
-
-    def __enter__(self) -> _quiet:
-        self.fd = os.memfd_create("clang", os.MFD_CLOEXEC)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._words = os.pread(self.fd, 2000, 0).decode(errors="replace").strip()
-        os.close(self.fd)
-
-    def text(self) -> str:
-        """The first error that clang reported."""
-        errors = [line for line in self._words.splitlines() if "error:" in line]
-        return errors[0] if errors else self._words.split("\n")[0]

@@ -176,7 +176,8 @@ class Tracer:
             **SIZES,
             "IDENTITY": IDENTITY[self.identity],
             "FOLLOW_ALL": int(follow_all),
-            "SELF_PID": os.getpid(),
+            # Only where it is asked for: the text is compiled anew where it changes.
+            "SELF_PID": os.getpid() if follow_all or self.journeys else 0,
             "DIRECT": int(self.direct),
             "USDT": int(bool(self._files)),
         }

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""The BPF text as instructions and descriptions of maps: compiled by BCC once, then kept on disk.
+
+Compiling takes most of an audit's start, and the text is the same in every run on the same
+kernel. What is kept is not trusted more than the text: the kernel's verifier checks it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import stat
+import struct
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rsplice.errors import RspliceError
+
+_HEADERS = Path(__file__).resolve().parent / "headers"
+_FORMAT = 1  #: of the files
+_KEPT = 12  #: files at most: there are a few, by options and boots
+_LOAD_MAP = struct.pack("BB", 0x18, 0x10)  # ld_imm64 of a map: BPF_PSEUDO_MAP_FD in src_reg
+_FLAGS = ["-g0", "-w"]
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """What bpf(2) needs to make a map; sizes in bytes."""
+
+    name: str
+    type: int  #: enum bpf_map_type
+    key_size: int
+    value_size: int
+    entries: int
+    flags: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Functions by name; where one loads a map, its instruction holds the number in ``maps``."""
+
+    functions: dict[str, bytes]
+    maps: list[MapSpec]
+
+
+def compiled(text: str) -> Compiled:
+    """*text* compiled, now or before. RspliceError if BCC is missing or cannot compile it."""
+    path = _directory() / f"{_key(text, _bcc_file())}.json"
+    found = _read(path)
+    if found is None:
+        found = _compile(text)
+        _write(path, found)
+    return found
+
+
+def map_places(code: bytes | bytearray) -> list[int]:
+    """Where in *code* instructions load the address of a map."""
+    return [at for at in range(0, len(code), 8) if _is_map(code[at : at + 2])]
+
+
+def _is_map(start: bytes | bytearray) -> bool:
+    # The second byte has the source register in its upper half, the destination in its lower.
+    return start[0] == _LOAD_MAP[0] and start[1] & 0xF0 == _LOAD_MAP[1]
+
+
+def _bcc_file() -> Path:
+    """A file of the installed BCC, which is not imported: that takes a third of a second.
+
+    RspliceError if there is none.
+    """
+    spec = importlib.util.find_spec("bcc")
+    if spec and spec.origin:
+        file = Path(spec.origin).with_name("libbcc.py")
+        if file.exists():
+            return file
+    raise RspliceError(
+        "BCC is not installed: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
+        "(Fedora); PyPI's bcc is another package"
+    )
+
+
+def _compile(text: str) -> Compiled:
+    os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
+    saved = os.dup(2)
+    try:
+        with _quiet() as messages:
+            os.dup2(messages.fd, 2)
+            from bcc import BPF
+            from bcc.libbcc import lib
+
+            program = BPF(text=text.encode(), cflags=_FLAGS)
+    except Exception as error:
+        raise RspliceError(f"BCC cannot compile the probes: {messages.text() or error}") from error
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+    try:
+        return _take(program.module, lib)
+    finally:
+        program.cleanup()
+
+
+def _ask(library: Any, function: str, kind: Any, module: Any, number: int) -> Any:
+    """A function of libbcc that BCC's own bindings may not describe."""
+    call = ctypes.CFUNCTYPE(kind, ctypes.c_void_p, ctypes.c_size_t)((function, library))
+    return call(module, number)
+
+
+def _take(module: Any, library: Any) -> Compiled:
+    """Everything that a BCC module holds, with maps by number."""
+
+    def number_of(what: str, table: int) -> int:
+        return int(_ask(library, f"bpf_table_{what}", ctypes.c_int, module, table))
+
+    def name_of(function: str, number: int) -> str:
+        return str(_ask(library, function, ctypes.c_char_p, module, number).decode())
+
+    tables = range(library.bpf_num_tables(module))
+    fds = {number_of("fd_id", table): table for table in tables}
+    maps = [
+        MapSpec(
+            name_of("bpf_table_name", table),
+            number_of("type_id", table),
+            number_of("key_size_id", table),
+            number_of("leaf_size_id", table),
+            number_of("max_entries_id", table),
+            number_of("flags_id", table),
+        )
+        for table in tables
+    ]
+    functions = {}
+    for number in range(library.bpf_num_functions(module)):
+        name = name_of("bpf_function_name", number)
+        size = library.bpf_function_size(module, name.encode())
+        code = bytearray(ctypes.string_at(library.bpf_function_start(module, name.encode()), size))
+        for at in map_places(code):
+            (fd,) = struct.unpack_from("=i", code, at + 4)
+            struct.pack_into("=i", code, at + 4, fds[fd])
+        functions[name] = bytes(code)
+    return Compiled(functions, maps)
+
+
+def _key(text: str, bcc: Path) -> str:
+    """Changes with the text, and with the BCC that compiles it."""
+    status = bcc.stat()
+    words = f"{_FORMAT} {_FLAGS} {bcc} {status.st_size} {status.st_mtime_ns}\n{text}"
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def _directory() -> Path:
+    """Root's is the system's, since HOME may be that of another under sudo."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/rsplice")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "rsplice"
+
+
+def _mine(status: os.stat_result) -> bool:
+    """Whether nobody else can have written it."""
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _read(path: Path) -> Compiled | None:
+    """None where there is nothing of the kind that can be trusted."""
+    try:
+        if not _mine(os.stat(path.parent, follow_symlinks=False)):
+            return None
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not _mine(os.fstat(fd)):
+                return None
+            data = json.loads(file.read())
+        functions = {name: bytes.fromhex(code) for name, code in data["functions"].items()}
+        return Compiled(functions, [MapSpec(**spec) for spec in data["maps"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, found: Compiled) -> None:
+    """Keeps it if that can be: it is no error if not."""
+    data = {
+        "functions": {name: code.hex() for name, code in found.functions.items()},
+        "maps": [asdict(spec) for spec in found.maps],
+    }
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _mine(os.stat(path.parent, follow_symlinks=False)):
+            return
+        fd, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(fd, "w") as file:
+                json.dump(data, file)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+        files = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime)
+        for old in files[:-_KEPT]:
+            old.unlink()
+
+
+class _quiet:
+    """A place for clang's messages, so that they reach the user only in an error."""
+
+    def __enter__(self) -> _quiet:
+        self.fd = os.memfd_create("clang", os.MFD_CLOEXEC)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._words = os.pread(self.fd, 2000, 0).decode(errors="replace").strip()
+        os.close(self.fd)
+
+    def text(self) -> str:
+        """The first error that clang reported."""
+        errors = [line for line in self._words.splitlines() if "error:" in line]
+        return errors[0] if errors else self._words.split("\n")[0]
