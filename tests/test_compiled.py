@@ -134,6 +134,14 @@ def test_nowhere_to_keep_it_is_no_error(
 
 
 @needs_bcc
+def test_a_text_of_one_run_is_not_kept(directory: Path, compiles: list[str]) -> None:
+    compiled("one", keep=False)
+    compiled("one", keep=False)
+    assert compiles == ["one", "one"]
+    assert not directory.exists()
+
+
+@needs_bcc
 def test_few_are_kept(directory: Path, compiles: list[str]) -> None:
     for number in range(17):
         compiled(str(number))

@@ -49,9 +49,14 @@ class Compiled:
     maps: list[MapSpec]
 
 
-def compiled(text: str) -> Compiled:
-    """*text* compiled, now or before. RspliceError if BCC is missing or cannot compile it."""
+def compiled(text: str, keep: bool = True) -> Compiled:
+    """*text* compiled, now or before. RspliceError if BCC is missing or cannot compile it.
+
+    :param keep: whether the same text will be asked for again
+    """
     path = _directory() / f"{_key(text, _bcc_file())}.json"
+    if not keep:
+        return _compile(text)
     found = _read(path)
     if found is None:
         found = _compile(text)

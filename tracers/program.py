@@ -211,16 +211,17 @@ class Program:
     :param text: C text from source_text()
     :param btf: of the running kernel, for tp_btf
     :param direct: load as tp_btf with direct reads (access.h), else as raw tracepoints
+    :param keep: whether other runs have the same text
     """
 
-    def __init__(self, text: str, btf: Btf, direct: bool) -> None:
+    def __init__(self, text: str, btf: Btf, direct: bool, keep: bool = True) -> None:
         self._btf = btf
         self._direct = direct
         self._fds: list[int] = []
         self._slow_fds: list[int] = []  # of uprobes
         self._functions = dict[str, bytes]()
         self._maps: dict[str, tuple[MapSpec, int]] = {}
-        found = compiled(text)
+        found = compiled(text, keep)
         try:
             for spec in found.maps:
                 self._maps[spec.name] = (spec, _create_map(spec))
