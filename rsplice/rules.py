@@ -455,7 +455,7 @@ RULES: tuple[Rule, ...] = (
          "the kernel copies the request to the server's memory",
          "fs/fuse/dev.c:fuse_dev_read"),
     Rule(WRITTEN_REPLY, USER, FUSE_DEVICE, "copied",
-         "a reply that is written is copied from the server's memory",
+         "a written reply is copied: libfuse splices only if FUSE_CAP_SPLICE_WRITE is wanted",
          "fs/fuse/dev.c:fuse_dev_write"),
     Rule(SPLICED_REPLY, PIPE, FUSE_DEVICE, "unknown",
          "a spliced reply is moved page by page where possible, else copied: which was not seen",
