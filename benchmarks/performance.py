@@ -30,7 +30,7 @@ from benchmarks.tracers import ROOT, RSPLICE, Unavailable
 SCHEMA = "rsplice.performance/1"
 GIB = 1 << 30
 BUFFER_SIZE = 1 << 20
-THREADS = 4
+THREADS = 2
 START_S = 20.0
 
 #: How READs are answered, as `rsplice workload fuse --mode` names it.

@@ -225,7 +225,7 @@ _METHOD = """\
 
 - All rows run in turn, {rounds} rounds, every other round backwards. Tables show the median, and in
   parentheses the least and the greatest; a target compares medians.
-- The filesystem is `rsplice workload fuse --source DIR --mount DIR --threads 4` with READs of up to
+- The filesystem is `rsplice workload fuse --source DIR --mount DIR --threads 2` with READs of up to
   1020 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
   that reads the source with O_DIRECT into memory and writes that to the kernel.
 - Cold: neither the source's pages nor the FUSE file's are in the page cache. Warm: the source's

@@ -19,7 +19,7 @@ struct rsplice_fs_options {
 	const char *mountpoint; /* an existing directory, not inside source */
 	int mode;		/* an enum rsplice_fs_mode */
 	unsigned int threads;	/* that answer requests; 1 or more */
-	uint32_t max_read;	/* bytes of the largest READ; several are read ahead */
+	uint32_t max_read;	/* bytes of the largest READ, and of readahead */
 	uint32_t timeout_ms;	/* for which the kernel may believe names and attributes */
 };
 

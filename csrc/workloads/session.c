@@ -29,9 +29,6 @@
 /* Kernels take 1 or 2; with 2 a source on overlayfs is fine too. */
 #define STACK_DEPTH 2
 
-/* READs that a reader from start to end has under way, so that a disk has more than one. */
-#define READS_AHEAD 4
-
 struct backing_map {
 	int32_t fd;
 	uint32_t flags;
@@ -282,8 +279,7 @@ static void set_readahead(const struct fs_mount *mount)
 
 	snprintf(name, sizeof(name), "/sys/class/bdi/%u:%u/read_ahead_kb", mount->major,
 		 mount->minor);
-	length =
-		snprintf(text, sizeof(text), "%u", READS_AHEAD * (session.options->max_read >> 10));
+	length = snprintf(text, sizeof(text), "%u", session.options->max_read >> 10);
 	fd = open(name, O_WRONLY | O_CLOEXEC);
 	if (fd < 0)
 		return;

@@ -22,7 +22,7 @@ struct fs_session_options {
 	const char *mountpoint; /* an existing directory */
 	const char *name;	/* of the source and subtype of the mount, as in mount(8) */
 	unsigned int threads;	/* that take requests, 1 or more */
-	uint32_t max_read;	/* bytes of the largest READ; several are read ahead */
+	uint32_t max_read;	/* bytes of the largest READ, and of readahead */
 	/*
 	 * Answers one READ, through rsplice_fuse_reply() or fs_reply_*(). Called from any of the
 	 * threads, which have all signals blocked.

@@ -240,7 +240,9 @@ def test_a_busy_page_does_not_crowd_out_others(queued: Told) -> None:
 
 def test_a_page_that_sendfile_sends(queued: Told) -> None:
     (story,) = queued.of("j-send")
-    assert sorted(told(story)[1:]) == ["queued", "queued", "sent"]
+    # It may have to come from the disk once more, where memory is reclaimed proactively.
+    steps = [what for what in told(story)[1:] if what != "filled"]
+    assert sorted(steps) == ["queued", "queued", "sent"]
     assert step(story, "queued")["detail"] == "in the pipe within sendfile, from ext4"
     assert step(story, "sent")["mapping"] == "sent"
 
