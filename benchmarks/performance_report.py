@@ -197,9 +197,9 @@ _REASONS = """\
 - **Moving a page is not free, and a copy need not be dear.** Copying 4 KiB that are in the
   processor's cache takes less than all that work, where memory is quick: compare the row "direct",
   which reads by DMA as well and copies once, and memcpy below. Moving gains where copies are slow:
-  memory that is new to the processor, or cold, and a busy memory bus. On a stock kernel, page by page
-  and on memory that the machine has in use, it gains no processor time: the table says how much it
-  loses here.
+  memory that is new to the processor, or cold, and a busy memory bus. On a stock kernel, page by
+  page and on memory that the machine has in use, it gains no processor time: the table says how
+  much it loses here.
 - **Virtual machines.** Where free memory goes back to the host (free page reporting, balloons), the
   processor's first touch of a page waits for the host to find one. Copying touches two pages for
   each that it reads: on such memory its time was 1.1 to 1.3 s/GiB here, and rsplice's 0.40 to 0.45.
