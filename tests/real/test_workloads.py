@@ -263,7 +263,9 @@ def test_disposition(case: Case, matrix: Matrix) -> None:
         assert {d: path[d] for d in DISPOSITIONS if path[d]} == dict.fromkeys(
             leg.dispositions, each
         )
-        assert path["evidence"] == leg.evidence
+        # A reader that is quicker than the call's return leaves no page to compare.
+        drained = {"inferred"} if leg.destination == "pipe" else set()
+        assert path["evidence"] in {leg.evidence} | drained
 
 
 @pytest.mark.parametrize(
