@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
 
-from rsplice.audit import Audit
+from rsplice.audit import Audit, Counts, Finding, Path
 from rsplice.dashboards import phrases
 from rsplice.dashboards.text import sanitise
 from rsplice.errors import RspliceError
@@ -53,16 +54,32 @@ _UNITS = {
     "mb": 10**6,
     "gb": 10**9,
 }
+#: What a limit on a sum counts of each path.
+_PATH_AMOUNTS: dict[str, Callable[[Counts], int]] = {
+    "copied": attrgetter("copy_bytes"),
+    "copies_per_byte": attrgetter("copy_bytes"),
+    "unknown": attrgetter("unknown"),
+}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 _AMOUNT = re.compile(r"(copied|copies_per_byte|unknown|lost)\s*(>=|<=|==|>|<)\s*(.*)")
 
 
 class Limit(ABC):
-    """A condition on an audit."""
+    """A condition on an audit, which fails it."""
+
+    text: str  #: as a person wrote it
 
     @abstractmethod
     def holds(self, audit: Audit) -> str | None:
         """A sentence that says what held, or None."""
+
+    def paths(self, audit: Audit) -> list[Path]:
+        """Where to look if it holds: the paths that it is about, most bytes first."""
+        return []
+
+    def findings(self, audit: Audit) -> list[Finding]:
+        """The findings that it is about, or that explain the bytes that it is about."""
+        return []
 
 
 def parse_limit(text: str) -> Limit:
@@ -110,6 +127,18 @@ class _AmountLimit(Limit):
         value, sentence = _amount(self.subject, audit)
         return f"{self.text}: {sentence}" if _COMPARE[self.comparator](value, self.bound) else None
 
+    def paths(self, audit: Audit) -> list[Path]:
+        amount = _PATH_AMOUNTS.get(self.subject)
+        if amount is None:
+            return []
+        return sorted(
+            filter(lambda p: amount(p.counts), audit.paths), key=lambda p: -amount(p.counts)
+        )
+
+    def findings(self, audit: Audit) -> list[Finding]:
+        copies = self.subject in ("copied", "copies_per_byte")
+        return [f for f in audit.findings if copies and f.kind == "missed move"]
+
 
 def _amount(subject: str, audit: Audit) -> tuple[Fraction, str]:
     totals = audit.totals
@@ -131,7 +160,13 @@ class _FindingLimit(Limit):
     name: str  #: "" for any
 
     def holds(self, audit: Audit) -> str | None:
-        for found in audit.findings:
-            if found.kind.replace(" ", "-") == self.kind and self.name in ("", found.name):
-                return f"{self.text}: {phrases.finding(found)}"
+        for found in self.findings(audit):
+            return f"{self.text}: {phrases.finding(found)}"
         return None
+
+    def findings(self, audit: Audit) -> list[Finding]:
+        return [
+            found
+            for found in audit.findings
+            if found.kind.replace(" ", "-") == self.kind and self.name in ("", found.name)
+        ]
