@@ -9,6 +9,7 @@ EXAMPLES
   rsplice audit -p 4711 --duration 10         a running process, for ten seconds
   rsplice audit --all --duration 5            the whole machine
   rsplice audit --fail-on 'copied>0' -- ./relay   exit status 120 if anything is copied
+  rsplice audit --junit out.xml --fail-on 'copied>1MiB' -- ./test   for CI; or --github
   rsplice audit --journey=2 -- ./relay        and the stories of two pages
 """
 
@@ -22,9 +23,10 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 
 from rsplice.audit import Audit
-from rsplice.commands import journeys
+from rsplice.commands import ci, journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.errors import EXIT_FAIL_ON, RspliceError
 from rsplice.limits import Limit, parse_limit
@@ -52,6 +54,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="exit with 120 if EXPR holds, e.g. 'copied>10MiB', 'lost>0', violation; repeatable",
     )
+    ci.prepare_parser(parser)
     journeys.prepare_parser(parser)
     parser.add_argument("-q", dest="quiet", action="store_true", help="no report on standard error")
     parser.add_argument(
@@ -64,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """Audits, reports; the exit status is the command's unless something failed."""
     limits = [parse_limit(text) for text in args.fail_on]
     journey = journeys.request(args)
-    for path in (args.json, args.html, args.text, args.journey_json):
+    files = (args.json, args.html, args.text, args.journey_json, args.junit)
+    for path in (*files, ci.summary_file(args)):
         _check_writable(path)
     begun = time.monotonic()
     with open_session(args, journey=journey) as session:
@@ -93,7 +97,8 @@ def _follow(session: Session, args: argparse.Namespace) -> None:
         step = args.interval or 1.0
         session.wait(step if end is None else min(step, end - now))
         if args.interval and session.running:
-            _say_so_far(session.snapshot())
+            with ci.no_commands(args):
+                _say_so_far(session.snapshot())
         command = session.command
         if command and command.status is not None and not told and session.running:
             told = True
@@ -105,12 +110,13 @@ def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
     from rsplice.dashboards.report import print_report
 
     failure: RspliceError | None = None
-    to_stderr = not (args.quiet or args.text or "-" in (args.json, args.journey_json))
+    to_stderr = not (args.quiet or args.text or "-" in (args.json, args.journey_json, args.junit))
     for path, render in (
         (args.json, _as_json),
         (args.html, _as_html),
         (args.text, _as_text),
         (args.journey_json, journeys.as_trace),
+        (args.junit, partial(ci.as_junit, limits=limits)),
     ):
         if path is None:
             continue
@@ -122,13 +128,16 @@ def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
                 f"cannot write {path}: {error.strerror}; the report follows here"
             )
             to_stderr = True
-    if to_stderr:
-        print_report(audit, sys.stderr)
+    held = [sentence for sentence in (limit.holds(audit) for limit in limits) if sentence]
+    if to_stderr or held:
+        with ci.no_commands(args):
+            if to_stderr:
+                print_report(audit, sys.stderr)
+            for sentence in held:
+                _say(sentence)
+    ci.annotate(audit, limits, args)
     if failure:
         raise failure
-    held = [sentence for sentence in (limit.holds(audit) for limit in limits) if sentence]
-    for sentence in held:
-        _say(sentence)
     if held:
         return EXIT_FAIL_ON
     return audit.exit_status or 0
