@@ -28,7 +28,7 @@ from rsplice.tracers.program import BpfError, Map, Program
 NAMES = (
     "", "steal-refused", "gift-still-mapped", "truncated-in-flight", "changed-in-flight",
     "stranded", "merge-flag-on-page-cache", "shared-frag-lost", "published-while-mapped",
-    "published-while-referenced", "published-activated", "double-owner",
+    "published-while-referenced", "published-activated", "double-owner", "leaked",
 )  # fmt: skip
 CLASSES = ("anonymous", "page cache", "user memory", "filled for splice", "no-steal")
 _USER_CLASS = CLASSES.index("user memory")
@@ -60,7 +60,8 @@ def _missed(reason: str, advice: str) -> Meaning:
     return Meaning("missed move", _MOVE_EXPECTED, advice, reason)
 
 
-#: Why pages were not moved, in the order of enum reason; "{}" is the destination.
+#: Why pages were not moved, and what else a finding's name leaves open, in the order of enum
+#: reason; "{}" is the destination.
 REASONS = (
     None,
     _missed(
@@ -144,6 +145,12 @@ REASONS = (
         "fs/splice.c): SPLICE_F_MOVE has an effect into a FUSE READ reply alone. Use "
         "copy_file_range(2), O_DIRECT on both files, or FUSE passthrough.",
     ),
+    Meaning(
+        "violation",
+        "a page that librsplice offers for a move (SPLICE_F_MOVE) is in no page table",
+        "Unmap gifted memory before it is published: its old owner can still write to it.",
+        "offered by librsplice",
+    ),
     _missed(
         "not known",
         "Nothing that was looked at forbade the move: please report it with the kernel's release.",
@@ -195,6 +202,11 @@ _VIOLATIONS = {
         "a page that enters a page cache is not dirty, under writeback or swap-backed"
     ),
     "double-owner": _violation("a page is in one page cache at a time"),
+    "leaked": Meaning(
+        "violation",
+        "what a call of librsplice has reserved is published or aborted before its thread exits",
+        "A way out of the call forgets its pages: publish or abort on every one of them.",
+    ),
 }
 _MEANINGS = _HAZARDS | _VIOLATIONS
 
@@ -202,10 +214,10 @@ _MEANINGS = _HAZARDS | _VIOLATIONS
 def meaning(name: str, reason: int, destination: str) -> Meaning:
     """What a finding means.
 
-    :param reason: of a missed move, as in enum reason
+    :param reason: as in enum reason, 0 for none
     :param destination: where the bytes went, as a user names it
     """
-    if name != "steal-refused":
+    if not reason:
         return _MEANINGS[name]
     known = REASONS[reason] if reason < len(REASONS) else None
     known = known or REASONS[-1]
@@ -266,7 +278,7 @@ class Findings:
         known["time"] = round((first - self._began) / 1e9, 6)
         known["last"] = round((last - self._began) / 1e9, 6)
         known["expected"] = means.expected
-        known["seen"] = self._seen(page, reason)
+        known["seen"] = self._seen(name, page)
         return Finding(name, means.kind, count, known, means.advice)
 
     def _operation(self, key: bytes) -> str:
@@ -274,6 +286,8 @@ class Findings:
         name = operations.via_name(via)
         if via == operations.VIA_EXIT:
             return f"{name} with a {self._kind(source)} open"
+        if via == operations.VIA_CLOSE:
+            return f"{name} of a {self._kind(source)}"
         return f"{self._kind(source)} -> {self._kind(destination)} via {name}"
 
     def _frame(self, address: int) -> int | None:
@@ -281,8 +295,10 @@ class Findings:
             return None
         return (address - self._vmemmap) // self._constants["PAGE_SIZE_OF"]
 
-    def _seen(self, page: _Page, reason: int) -> str:
+    def _seen(self, name: str, page: _Page) -> str:
         """The state of the page, in words."""
+        if name == "leaked":
+            return f"{page.length} bytes reserved, neither published nor aborted"
         if page.kind >= len(CLASSES):
             return "the page was copied"
         parts = [f"{CLASSES[page.kind]} buffer of {page.length} bytes at {page.offset}"]

@@ -184,6 +184,7 @@ FIELDS: list[Field] = [
         BUF_OPS pipe_buffer.ops
         BUF_FLAGS pipe_buffer.flags
         PIPE_READERS pipe_inode_info.readers
+        PIPE_FILES pipe_inode_info.files
         FILE_REF file.f_ref | file.f_count
         PAGE_INDEX folio.index | page.index
         MAPPING_HOST address_space.host

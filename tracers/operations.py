@@ -26,6 +26,7 @@ class Shape(IntEnum):
     USER_TO_USER = 14  #: user memory -> user memory
     IOCTL = 15  #: FICLONE and FICLONERANGE
     SOCKETCALL = 16  #: i386 only
+    CLOSE = 17  #: carries nothing, but ends what a pipe still holds
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,15 @@ URING_OPS = {
 VIA_FUSE_REPLY = 100
 VIA_EXIT = 101  #: of findings: the end of a process
 VIA_PACKET = 102  #: of findings: a packet that leaves
+VIA_CLOSE = 103  #: of findings: the end of a descriptor
+VIA_RSPLICE = 104  #: of findings: a call of librsplice
 VIA_URING = 128  #: plus the io_uring opcode
+
+_EVENTS = {VIA_EXIT: "exit", VIA_PACKET: "packet", VIA_CLOSE: "close", VIA_RSPLICE: "rsplice"}
+
+#: System calls that close a descriptor: arg 0 of the first, arg 1 of the others.
+_CLOSING = {"close": 3, "dup2": 33, "dup3": 292}
+_EXITS = {"exit": 60, "exit_group": 231}
 
 #: Entries of the kernel's table of calls; x32 calls have bit 30 set and are masked into it.
 TABLE_SIZE = 1024
@@ -110,8 +119,8 @@ def via_name(via: int) -> str:
     """The name of operation *via* of a BPF key."""
     if via == VIA_FUSE_REPLY:
         return "fuse reply"
-    if via in (VIA_EXIT, VIA_PACKET):
-        return "exit" if via == VIA_EXIT else "packet"
+    if via in _EVENTS:
+        return _EVENTS[via]
     if via >= VIA_URING:
         return f"io_uring {URING_OPS[via - VIA_URING][0]}"
     return SYSCALLS[via].name
@@ -132,6 +141,8 @@ def call_table() -> dict[int, int]:
             table[call.native] = table.get(call.native, 0) | entry
         if call.compat is not None:
             table[call.compat] = table.get(call.compat, 0) | entry << 32
+    for number in _CLOSING.values():
+        table[number] = table.get(number, 0) | VIA_CLOSE << 8 | Shape.CLOSE
     return table
 
 
@@ -145,8 +156,9 @@ def defines() -> str:
     lines = [f"#define SHAPE_{s.name} {s.value}" for s in Shape]
     for via, call in enumerate(SYSCALLS):
         lines.append(f"#define VIA_{call.name.replace(' ', '_').upper()} {via}")
-    lines += [f"#define VIA_FUSE_REPLY {VIA_FUSE_REPLY}", f"#define VIA_EXIT {VIA_EXIT}"]
-    lines.append(f"#define VIA_PACKET {VIA_PACKET}")
+    lines.append(f"#define VIA_FUSE_REPLY {VIA_FUSE_REPLY}")
+    lines += [f"#define VIA_{name.upper()} {via}" for via, name in _EVENTS.items()]
+    lines += [f"#define NR_{name.upper()} {n}" for name, n in (_CLOSING | _EXITS).items()]
     lines += [f"#define TABLE_SIZE {TABLE_SIZE}"]
     lines.append(f"#define MANY_MESSAGES {MANY_MESSAGES}")
     return "\n".join(lines) + "\n"

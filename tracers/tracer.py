@@ -112,6 +112,7 @@ TAILS = (
     Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
     Tail("enter_programs", 1, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
     Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
+    Tail("exit_task_programs", 1, "tp_leaked", "sched_process_exit", "leaked pages are not seen"),
     Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
     Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )

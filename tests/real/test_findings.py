@@ -7,19 +7,14 @@ page was refused for being at risk too, two.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from rsplice.audit import Finding
-from rsplice.events import Tally
-from rsplice.launch import Command
-from rsplice.tracers.tracer import Tracer
 from tests.support.run import Driver, audit
+from tests.support.watch import COUNT, Seen, Watch
 
 pytestmark = pytest.mark.privileged
 
@@ -51,55 +46,6 @@ MODES: dict[str, dict[tuple[str, str], int]] = {
     "fresh": {},
     "write": {},
 }
-
-
-@dataclass
-class Seen:
-    """What one run of a program was found to do."""
-
-    findings: list[Finding]
-    replies: list[Tally]  #: of a FUSE server, out of a pipe
-    pid: int
-
-    @property
-    def counts(self) -> dict[tuple[str, str], int]:
-        return {(f.name, f.first.get("reason", "")): f.count for f in self.findings}
-
-    def only(self, name: str) -> Finding:
-        (finding,) = [f for f in self.findings if f.name == name]
-        return finding
-
-
-class Watch:
-    """One tracer for all programs: it knows by process what an audit adds up."""
-
-    def __init__(self, direct: bool | None) -> None:
-        self.tracer = Tracer(direct=direct)
-        self._known: set[int] = set()  # keys and pids of processes of earlier runs
-
-    def run(self, *argv: object) -> Seen:
-        with open(os.devnull, "w") as null:
-            command = Command([str(word) for word in argv], output=null.fileno())
-            self.tracer.follow(command.pid)
-            command.release()
-            status = command.wait()
-        if status == 77:
-            pytest.skip("this kernel cannot mount FUSE here")
-        assert status == 0
-        reading = self.tracer.counters.read()
-        assert reading.events_lost == 0
-        mine = {p.key for p in reading.processes} - self._known
-        pids = {p.pid for p in reading.processes if p.key in mine}
-        self._known |= mine
-        return Seen(
-            [f for f in reading.findings if f.first["pid"] in pids],
-            [
-                t
-                for t in reading.tallies
-                if t.process in mine and (t.via, t.source.kind) == ("fuse reply", "pipe")
-            ],
-            command.pid,
-        )
 
 
 @pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
@@ -163,38 +109,15 @@ def test_a_finding_says_who_where_what_and_when(watch: Watch, driver: Driver, ex
 
 # --- pipes without FUSE ---------------------------------------------------------------------------
 
-COUNT = 23
-
-
-def script(watch: Watch, tmp_path: Path, body: str) -> Seen:
-    """Runs a Python program: r and w are a pipe, source a file of 32 pages, COUNT is known."""
-    (tmp_path / "source").write_bytes(b"s" * 32 * 4096)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import ctypes, mmap, os\n"
-        f"COUNT, PAGE = {COUNT}, 4096\n"
-        f"source = os.open({str(tmp_path / 'source')!r}, os.O_RDWR)\n"
-        f"output = os.open({str(tmp_path / 'output')!r}, os.O_RDWR | os.O_CREAT)\n"
-        "null = os.open('/dev/null', os.O_WRONLY)\n"
-        "r, w = os.pipe()\n"
-        "class Vector(ctypes.Structure):\n"
-        "    _fields_ = [('base', ctypes.c_void_p), ('length', ctypes.c_size_t)]\n"
-        "def vmsplice(memory, flags):\n"
-        "    vector = Vector(ctypes.addressof(ctypes.c_char.from_buffer(memory)), PAGE)\n"
-        "    assert ctypes.CDLL(None).vmsplice(w, ctypes.byref(vector), 1, flags) == PAGE\n" + body
-    )
-    # Isolated: site packages would make calls of their own.
-    return watch.run(sys.executable, "-I", "-S", program)
-
 
 def test_move_into_a_file_is_told_once_a_call(watch: Watch, tmp_path: Path) -> None:
     body = "for _ in range(COUNT):\n"
     body += " os.splice(source, w, 8192, offset_src=0)\n"
-    moving = script(watch, tmp_path, body + " os.splice(r, output, 8192, flags=1)\n")
+    moving = watch.script(tmp_path, body + " os.splice(r, output, 8192, flags=1)\n")
     assert moving.counts == {(STEAL, "a destination that never moves pages"): COUNT}
     first = moving.only(STEAL).first
     assert Path(first["file"]).name == "output"
-    plain = script(watch, tmp_path, body + " os.splice(r, output, 8192)\n")
+    plain = watch.script(tmp_path, body + " os.splice(r, output, 8192)\n")
     assert plain.counts == {}
 
 
@@ -204,11 +127,11 @@ def test_gifts_that_stay_mapped_are_told_until_they_are_unmapped(
     body = "for _ in range(COUNT):\n"
     body += " memory = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
     body += " memory[:4] = b'gift'\n vmsplice(memory, 8)\n"
-    mapped = script(watch, tmp_path, body + " os.read(r, PAGE)\n")
+    mapped = watch.script(tmp_path, body + " os.read(r, PAGE)\n")
     assert mapped.counts == {("gift-still-mapped", ""): COUNT}
     assert "a gift" in mapped.only("gift-still-mapped").first["seen"]
-    legal = script(
-        watch, tmp_path, body + " import gc; gc.collect(); memory.close()\n os.read(r, PAGE)\n"
+    legal = watch.script(
+        tmp_path, body + " import gc; gc.collect(); memory.close()\n os.read(r, PAGE)\n"
     )
     assert legal.counts == {}
 
@@ -216,11 +139,11 @@ def test_gifts_that_stay_mapped_are_told_until_they_are_unmapped(
 def test_what_was_vmspliced_and_stays_mapped_could_change(watch: Watch, tmp_path: Path) -> None:
     body = "memory = mmap.mmap(-1, PAGE)\nmemory[:4] = b'mine'\n"
     body += "for _ in range(COUNT):\n vmsplice(memory, 0)\n os.splice(r, null, PAGE)\n"
-    result = script(watch, tmp_path, body)
+    result = watch.script(tmp_path, body)
     assert result.counts == {("changed-in-flight", ""): COUNT}
     assert result.only("changed-in-flight").kind == "hazard"
-    copied = script(
-        watch, tmp_path, "for _ in range(COUNT):\n os.write(w, bytes(PAGE))\n os.read(r, PAGE)"
+    copied = watch.script(
+        tmp_path, "for _ in range(COUNT):\n os.write(w, bytes(PAGE))\n os.read(r, PAGE)"
     )
     assert copied.counts == {}
 
@@ -234,23 +157,71 @@ def test_pages_that_leave_their_file_in_the_pipe_are_told_once(
     )
     body += " os.splice(source, w, PAGE, offset_src=0)\n{}"
     body += " os.read(r, 2048)\n os.read(r, 2048)\n"
-    truncated = script(watch, tmp_path, body.format(" os.ftruncate(source, 0)\n"))
+    truncated = watch.script(tmp_path, body.format(" os.ftruncate(source, 0)\n"))
     assert truncated.counts == {("truncated-in-flight", ""): COUNT}
-    assert script(watch, tmp_path, body.format("")).counts == {}
+    assert watch.script(tmp_path, body.format("")).counts == {}
 
 
 def test_payload_that_nobody_will_read_is_told(watch: Watch, tmp_path: Path) -> None:
-    left = script(watch, tmp_path, "os.write(w, b'left')\n")
+    left = watch.script(tmp_path, "os.write(w, b'left')\n")
     assert left.counts == {("stranded", ""): 1}
     assert "4 bytes" in left.only("stranded").first["seen"]
-    drained = script(watch, tmp_path, "os.write(w, b'left')\nos.read(r, 4)\n")
+    drained = watch.script(tmp_path, "os.write(w, b'left')\nos.read(r, 4)\n")
     assert drained.counts == {}
 
 
 def test_a_pipe_that_another_process_reads_is_not_stranded(watch: Watch, tmp_path: Path) -> None:
     body = "os.write(w, b'left')\n"
     body += "if os.fork() == 0:\n os.close(w)\n import time; time.sleep(.3); os.read(r, 4)\n"
-    assert script(watch, tmp_path, body).counts == {}
+    assert watch.script(tmp_path, body).counts == {}
+
+
+@pytest.mark.parametrize(
+    "close",
+    ["os.close(r)", "os.dup2(null, r)", "os.dup2(null, r, inheritable=False)"],
+    ids=["close", "dup2", "dup3"],
+)
+def test_a_reader_that_closes_before_it_exits_strands_payload_too(
+    watch: Watch, tmp_path: Path, close: str
+) -> None:
+    body = "for _ in range(COUNT):\n r, w = os.pipe()\n os.write(w, b'left')\n {}\n"
+    left = watch.script(tmp_path, body.format(close))
+    assert left.counts == {("stranded", ""): COUNT}
+    assert left.only("stranded").first["operation"] == "close of a pipe"
+    drained = watch.script(tmp_path, body.format(f"os.read(r, 4); {close}"))
+    assert drained.counts == {}
+
+
+def test_a_pipe_that_can_still_be_read_is_not_stranded_by_a_close(
+    watch: Watch, tmp_path: Path
+) -> None:
+    """Another descriptor, a writer's end, one that is closed by nobody, a pipe with a name."""
+    body = (
+        "for i in range(COUNT):\n"
+        " r, w = os.pipe()\n os.write(w, b'left')\n"
+        " other = os.dup(r)\n os.close(r)\n os.close(w)\n os.dup2(other, other)\n"
+        " os.read(other, 4)\n"
+        f" name = {str(tmp_path / 'fifo')!r} + str(i)\n os.mkfifo(name)\n"
+        " r = os.open(name, os.O_RDONLY | os.O_NONBLOCK)\n w = os.open(name, os.O_WRONLY)\n"
+        " os.write(w, b'left')\n os.close(r)\n"
+        " r = os.open(name, os.O_RDONLY)\n assert os.read(r, 4) == b'left'\n"
+        "try:\n os.dup2(999, other)\nexcept OSError:\n pass\n"
+    )
+    assert watch.script(tmp_path, body).counts == {}
+
+
+def test_a_named_pipe_strands_its_payload_once_nobody_has_it_open(
+    watch: Watch, tmp_path: Path
+) -> None:
+    body = (
+        f"name = {str(tmp_path / 'fifo')!r}\nos.mkfifo(name)\n"
+        "for _ in range(COUNT):\n"
+        " r = os.open(name, os.O_RDONLY | os.O_NONBLOCK)\n w = os.open(name, os.O_WRONLY)\n"
+        " os.write(w, b'left')\n os.close(r)\n os.close(w)\n"
+    )
+    left = watch.script(tmp_path, body)
+    assert left.counts == {("stranded", ""): COUNT}
+    assert left.only("stranded").first["operation"] == "close of a fifo"
 
 
 def test_findings_fail_a_run_only_if_asked(tmp_path: Path) -> None:

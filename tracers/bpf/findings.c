@@ -21,6 +21,7 @@ static __always_inline bool is_fuse_device(u64 file)
 static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u64 regs, u32 shape)
 {
 	u64 file = file_of(task, read64(regs + REGS_ARG0)), inode;
+	u32 moves;
 
 	if (!file)
 		return false;
@@ -39,11 +40,85 @@ static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u
 		return true;
 	inspection->destination = file_of(task, read64(regs + REGS_ARG2));
 	inspection->bytes = read64(regs + REGS_ARG4);
+	moves = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
+	inspection->published = moves && inside_flag(inspection->key.process, task);
 	if (is_fuse_device(inspection->destination)) {
 		inspection->key.via = VIA_FUSE_REPLY;
-		inspection->reply = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
+		inspection->reply = moves;
 	}
 	return true;
+}
+
+/* Whether nobody can read what is in the pipe once *file* is closed. */
+#define FMODE_READ 1
+static __always_inline bool last_to_read(u64 file, u64 pipe)
+{
+	u64 sb = read64(read64(file + FILE_INODE) + INODE_SB);
+
+	if (read64(file + FILE_REF) != FILE_REF_ONE)
+		return false;
+	/* A named pipe keeps its payload for later readers while a writer has it open. */
+	if (read64(sb + SB_MAGIC) != PIPEFS_MAGIC)
+		return (u32)read32(pipe + PIPE_FILES) == 1;
+	return (u32)read32(file + FILE_MODE) & FMODE_READ && (u32)read32(pipe + PIPE_READERS) == 1;
+}
+
+/*
+ * The pipe that is stranded by the end of *file*; 0 if none is. A file that others have too, or
+ * that a process has twice, does not count.
+ */
+static __always_inline u64 stranded_pipe(u64 file)
+{
+	u64 inode = read64(file + FILE_INODE), pipe;
+
+	if (!file || (read16(inode + INODE_MODE) & S_IFMT) != S_IFIFO)
+		return 0;
+	pipe = pipe_of(file);
+	if (pipe_index(pipe + PIPE_HEAD) == pipe_index(pipe + PIPE_TAIL))
+		return 0;
+	return last_to_read(file, pipe) ? pipe : 0;
+}
+
+static __always_inline void record_stranded(struct inspection *inspection, u64 pipe, u64 file)
+{
+	u32 zero = 0;
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	u64 sb = read64(read64(file + FILE_INODE) + INODE_SB);
+
+	if (!classes)
+		return;
+	inspect_pipe(inspection, pipe);
+	load_buffer_facts(&inspection->facts, classes,
+			  slot_at(inspection->bufs, inspection->tail, inspection->mask));
+	inspection->key.source = read64(sb + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
+	record(&inspection->key, &inspection->facts, 0);
+}
+
+/* close(2), and what dup2(2) and dup3(2) close: payload in a pipe that nobody reads any more. */
+static __always_inline void look_at_close(u64 nr, u64 regs)
+{
+	u64 task = bpf_get_current_task(), process = process_of_task(task), file, pipe;
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!process || !inspection || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
+		return;
+	file = file_of(task, read64(regs + REGS_ARG0));
+	if (nr != NR_CLOSE) {
+		u64 replaced = file_of(task, read64(regs + REGS_ARG1));
+
+		if (!file || file == replaced)
+			return;
+		file = replaced;
+	}
+	pipe = stranded_pipe(file);
+	if (!pipe)
+		return;
+	__builtin_memset(&inspection->key, 0, sizeof(inspection->key));
+	inspection->key.process = process;
+	inspection->key.via = VIA_CLOSE;
+	inspection->key.name = STRANDED;
+	record_stranded(inspection, pipe, file);
 }
 
 int tp_sys_enter(u64 *ctx)
@@ -56,6 +131,8 @@ int tp_sys_enter(u64 *ctx)
 	if (!entries)
 		return 0;
 	shape = *entries & 0xff;
+	if (shape == SHAPE_CLOSE)
+		look_at_close(nr, regs);
 	if (shape != SHAPE_SPLICE && shape != SHAPE_READ && shape != SHAPE_VMSPLICE)
 		return 0;
 	task = bpf_get_current_task();
@@ -67,7 +144,7 @@ int tp_sys_enter(u64 *ctx)
 		return 0;
 	inspection->key.process = process;
 	inspection->key.via = *entries >> 8 & 0xff;
-	inspection->key.reason = inspection->reply = 0;
+	inspection->reply = inspection->published = 0;
 	inspection->next = inspection->total = inspection->folio.first = inspection->folio.span = 0;
 	if (find_pipe(inspection, task, regs, shape))
 		enter_programs.call(ctx, PROGRAM_BUFFERS);
@@ -116,10 +193,13 @@ static __always_inline u32 judge_slot(struct inspection *inspection, struct buff
 	else
 		return length;
 	load_folio(&inspection->folio, read64(slot + BUF_PAGE));
-	inspection->key.name = judge_buffer(class, read32(slot + BUF_FLAGS),
-					    inspection->folio.mapping, inspection->folio.mapped);
+	inspection->key.name =
+		judge_buffer(class, read32(slot + BUF_FLAGS), inspection->folio.mapping,
+			     inspection->folio.mapped, inspection->published);
 	if (!inspection->key.name || already_judged(inspection, number))
 		return length;
+	inspection->key.reason =
+		inspection->key.name == PUBLISHED_WHILE_MAPPED ? OFFERED_BY_LIBRSPLICE : NO_REASON;
 	find_ends(inspection);
 	inspection->facts.class = class;
 	load_slot_facts(&inspection->facts, slot);
@@ -215,50 +295,16 @@ int tp_reply_end(u64 *ctx)
 	return 0;
 }
 
+/* Descriptors of one program; the next goes on, up to 528 in all, 132 with the slower reads. */
+#define FILES_AT_ONCE	 (DIRECT ? 16 : 4)
+#define PROGRAM_STRANDED 0
+#define PROGRAM_LEAKED	 1
+BPF_PROG_ARRAY(exit_task_programs, 2);
+
 /*
  * A process has ended: payload in pipes that it was the last to read. The files are still open
- * (do_exit(), kernel/exit.c). A file that others have too, or that it has twice, does not count.
+ * (do_exit(), kernel/exit.c).
  */
-/* Descriptors of one program; the next goes on, up to 528 in all, 132 with the slower reads. */
-#define FILES_AT_ONCE (DIRECT ? 16 : 4)
-#define FMODE_READ    1
-BPF_PROG_ARRAY(exit_task_programs, 1);
-
-static __always_inline bool last_to_read(u64 file, u64 pipe)
-{
-	return (u32)read32(file + FILE_MODE) & FMODE_READ &&
-	       read64(file + FILE_REF) == FILE_REF_ONE && (u32)read32(pipe + PIPE_READERS) == 1;
-}
-
-/* The pipe that is stranded by the end of *file*; 0 if none is. */
-static __always_inline u64 stranded_pipe(u64 file)
-{
-	u64 inode = read64(file + FILE_INODE), pipe;
-
-	if (!file || (read16(inode + INODE_MODE) & S_IFMT) != S_IFIFO)
-		return 0;
-	pipe = pipe_of(file);
-	if (!last_to_read(file, pipe) ||
-	    pipe_index(pipe + PIPE_HEAD) == pipe_index(pipe + PIPE_TAIL))
-		return 0;
-	return pipe;
-}
-
-static __always_inline void record_stranded(struct inspection *inspection, u64 pipe, u64 file)
-{
-	u32 zero = 0;
-	struct buffer_classes *classes = buffer_classes.lookup(&zero);
-	u64 sb = read64(read64(file + FILE_INODE) + INODE_SB);
-
-	if (!classes)
-		return;
-	inspect_pipe(inspection, pipe);
-	load_buffer_facts(&inspection->facts, classes,
-			  slot_at(inspection->bufs, inspection->tail, inspection->mask));
-	inspection->key.source = read64(sb + SB_MAGIC) == PIPEFS_MAGIC ? END_PIPE : END_FIFO;
-	record(&inspection->key, &inspection->facts, 0);
-}
-
 int tp_stranded(u64 *ctx)
 {
 	u64 task = tracepoint_arg(ctx, 0), table = read64(read64(task + TASK_FILES) + FILES_FDT);
@@ -278,12 +324,71 @@ int tp_stranded(u64 *ctx)
 	}
 	if (pipe)
 		record_stranded(inspection, pipe, file);
-	exit_task_programs.call(ctx, 0);
+	exit_task_programs.call(ctx, PROGRAM_STRANDED);
 	return 0;
 }
 
-/* Hands an ended process over to tp_stranded. */
-static __always_inline void look_for_stranded(u64 *ctx, u64 process)
+/* Goes on to tp_stranded. */
+static __always_inline void find_stranded(u64 *ctx, struct inspection *inspection)
+{
+	inspection->key.source = inspection->key.destination = 0;
+	inspection->key.via = VIA_EXIT;
+	inspection->key.name = STRANDED;
+	inspection->descriptor = 0;
+	exit_task_programs.call(ctx, PROGRAM_STRANDED);
+}
+
+#if USDT
+/* The descriptors' ends name the operation, and a file that is its source the finding. */
+static __always_inline void record_leaked(struct inspection *inspection, struct inside *inside)
+{
+	u64 task = bpf_get_current_task(), inode = 0;
+	struct end end = {};
+
+	fill_end(&end, file_of(task, inside->in));
+	inspection->key.source = end.id;
+	if (END_IS_FILESYSTEM(end.id))
+		inode = end.inode;
+	fill_end(&end, file_of(task, inside->out));
+	inspection->key.destination = end.id;
+	inspection->key.name = LEAKED;
+	inspection->key.via = VIA_RSPLICE;
+	__builtin_memset(&inspection->facts, 0, sizeof(inspection->facts));
+	inspection->facts.class = NR_CLASSES;
+	inspection->facts.length = inside->bytes;
+	record_all(&inspection->key, &inspection->facts, inode, inside->depth);
+}
+
+static u64 (*current_task_btf)(void) = (void *)158; /* bpf_get_current_task_btf(), 5.11 */
+static u64 (*task_pt_regs)(u64 task) = (void *)175; /* bpf_task_pt_regs(), 5.15 */
+
+/*
+ * A thread has ended within calls of librsplice. Only one that has itself asked to end has come out
+ * of them: others were interrupted, and the kernel frees what they had.
+ */
+int tp_leaked(u64 *ctx)
+{
+	u32 zero = 0, tid = bpf_get_current_pid_tgid();
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct inside *inside = usdt_inside.lookup(&tid);
+	u64 nr = read64(task_pt_regs(current_task_btf()) + REGS_NR);
+
+	if (!inspection || !inside)
+		return 0;
+	if (inside->process == inspection->key.process) {
+		count_open(-(s64)inside->depth);
+		if (nr == NR_EXIT || nr == NR_EXIT_GROUP)
+			record_leaked(inspection, inside);
+	}
+	usdt_inside.delete(&tid);
+	if (inspection->last)
+		find_stranded(ctx, inspection);
+	return 0;
+}
+#endif
+
+/* Hands a thread that has ended, and perhaps its process, over to tp_leaked and tp_stranded. */
+static __always_inline void look_at_end(u64 *ctx, u64 process, u32 tid, bool last)
 {
 	u32 zero = 0;
 	struct inspection *inspection = inspections.lookup(&zero);
@@ -292,9 +397,12 @@ static __always_inline void look_for_stranded(u64 *ctx, u64 process)
 		return;
 	__builtin_memset(&inspection->key, 0, sizeof(inspection->key));
 	inspection->key.process = process;
-	inspection->key.via = VIA_EXIT;
-	inspection->key.name = STRANDED;
-	inspection->descriptor = 0;
-	exit_task_programs.call(ctx, 0);
+	inspection->last = last;
+#if USDT
+	if (usdt_inside.lookup(&tid))
+		exit_task_programs.call(ctx, PROGRAM_LEAKED);
+#endif
+	if (last)
+		find_stranded(ctx, inspection);
 }
 #endif

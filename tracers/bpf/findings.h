@@ -97,11 +97,12 @@ static __always_inline void name_file(struct finding *finding, u64 inode)
 }
 
 /*
- * Adds one occurrence.
+ * Adds occurrences.
  *
- * @inode: of the file that it is about; 0 takes the one that the page belongs to, if it does
+ * @inode: of the file that they are about; 0 takes the one that the page belongs to, if it does
  */
-static __always_inline void record(struct finding_key *key, struct facts *facts, u64 inode)
+static __always_inline void record_all(struct finding_key *key, struct facts *facts, u64 inode,
+				       u64 times)
 {
 	struct finding *known = findings.lookup(key), *fresh;
 	u64 now = bpf_ktime_get_ns();
@@ -132,8 +133,13 @@ static __always_inline void record(struct finding_key *key, struct facts *facts,
 			return;
 		}
 	}
-	__sync_fetch_and_add(&known->count, 1);
+	__sync_fetch_and_add(&known->count, times);
 	known->last = now;
+}
+
+static __always_inline void record(struct finding_key *key, struct facts *facts, u64 inode)
+{
+	record_all(key, facts, inode, 1);
 }
 
 /* A reply to a READ, as it lies in the pipe before it goes. */
@@ -204,6 +210,8 @@ struct inspection {
 	u32 slots;
 	u32 next;	/* slot that is looked at, from the tail */
 	u32 reply;	/* goes to a FUSE device, and may be moved */
+	u32 published;	/* by librsplice, which offers it for a move */
+	u32 last;	/* thread of a process that ends */
 	u32 descriptor; /* of a process that ends: the next one */
 	struct folio folio;
 	struct facts facts;

@@ -18,9 +18,10 @@ enum finding_name {
 	PUBLISHED_WHILE_REFERENCED,
 	PUBLISHED_ACTIVATED,
 	DOUBLE_OWNER,
+	LEAKED,
 };
 
-/* Why a page was not moved; the order is that of findings.py. */
+/* Why a page was not moved, or what else tells findings of one name apart; as in findings.py. */
 enum reason {
 	NO_REASON,
 	STILL_MAPPED,
@@ -41,6 +42,7 @@ enum reason {
 	LAST_PAGE,
 	A_NOTIFICATION,
 	NEVER_MOVES,
+	OFFERED_BY_LIBRSPLICE,
 	UNEXPLAINED,
 };
 
@@ -73,9 +75,16 @@ static inline __attribute__((always_inline)) int is_cache_page(unsigned long lon
 	return mapping && !(mapping & 3); /* include/linux/page-flags.h: anonymous, KSM, movable */
 }
 
-/* What is wrong with a buffer that waits in a pipe. */
-static inline __attribute__((always_inline)) unsigned int
-judge_buffer(unsigned int class, unsigned int flags, unsigned long long mapping, int mapped)
+/*
+ * What is wrong with a buffer that waits in a pipe.
+ *
+ * @published: librsplice offers it for a move (SPLICE_F_MOVE), and so must have unmapped it:
+ * nobody else refers to what it publishes. Others' gifts may be mapped; the kernel moves none.
+ */
+static inline __attribute__((always_inline)) unsigned int judge_buffer(unsigned int class,
+								       unsigned int flags,
+								       unsigned long long mapping,
+								       int mapped, int published)
 {
 	if (class == CACHE_BUFFER) {
 		/* copy_page_to_iter_pipe() and push_pipe(), lib/iov_iter.c before 5.17 */
@@ -86,7 +95,9 @@ judge_buffer(unsigned int class, unsigned int flags, unsigned long long mapping,
 	}
 	if (class != USER_BUFFER || !mapped)
 		return NO_FINDING;
-	return flags & PIPE_BUF_FLAG_GIFT ? GIFT_STILL_MAPPED : CHANGED_IN_FLIGHT;
+	if (!(flags & PIPE_BUF_FLAG_GIFT))
+		return CHANGED_IN_FLIGHT;
+	return published ? PUBLISHED_WHILE_MAPPED : GIFT_STILL_MAPPED;
 }
 
 /* A page whose only reference, beside that of the page cache, is the buffer's. */

@@ -44,8 +44,12 @@ int tp_sched_process_exit(u64 *ctx)
 	offers.delete(&tid);
 #endif
 	signal = read64(task + TASK_SIGNAL);
-	if (read32(signal + SIGNAL_LIVE) != 0)
+	if (read32(signal + SIGNAL_LIVE) != 0) {
+#if FINDINGS
+		look_at_end(ctx, ended, tid, false);
+#endif
 		return 0;
+	}
 	process = processes.lookup(key);
 	if (process) {
 		read_kernel(process->comm, sizeof(process->comm),
@@ -55,7 +59,7 @@ int tp_sched_process_exit(u64 *ctx)
 	}
 	unfollow(tgid);
 #if FINDINGS
-	look_for_stranded(ctx, ended);
+	look_at_end(ctx, ended, tid, true);
 #endif
 	return 0;
 }

@@ -511,7 +511,7 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 	struct key key;
 
 	call->via = entry >> 8 & 0xff;
-	if (!entry || !call->bytes || call->via == VIA_IOCTL_FICLONE)
+	if (!entry || !call->bytes || call->via == VIA_IOCTL_FICLONE || call->via == VIA_CLOSE)
 		return;
 	/* SYS_SEND to SYS_RECVFROM, SYS_SENDMSG and SYS_RECVMSG (linux/net.h) */
 	if (call->via == VIA_SOCKETCALL && !(which >= 9 && which <= 12) && which != 16 &&
@@ -666,7 +666,7 @@ int tp_sys_exit(u64 *ctx)
 	if (!ret && shape == SHAPE_RECVMSG && read64(regs + REGS_ARG2) & MSG_ERRQUEUE)
 		exit_programs.call(ctx, PROGRAM_NOTIFICATION);
 #endif
-	if (!entry || (!ret && shape != SHAPE_IOCTL))
+	if (!entry || shape == SHAPE_CLOSE || (!ret && shape != SHAPE_IOCTL))
 		return 0;
 
 	messages = call->messages;

@@ -84,29 +84,28 @@ static __always_inline void count_lost_mark(void)
 		__sync_fetch_and_add(lost_marks, 1);
 }
 
-static __always_inline void count_open(s64 change)
+/* values: those of the probe "reserve". */
+static __always_inline void open_call(u64 process, u64 *values)
 {
-	u32 zero = 0;
-	u64 *nr_open = usdt_nr_open.lookup(&zero);
-
-	if (nr_open)
-		__sync_fetch_and_add(nr_open, change);
-}
-
-static __always_inline void open_call(u64 process, u64 id, u64 reserved)
-{
+	u64 id = values[0], reserved = values[3];
 	u32 tid = bpf_get_current_pid_tgid();
 	struct open_key key = {.process = process, .id = id, .tid = tid};
-	struct inside *inside, first = {.process = process, .depth = 1};
+	struct inside *inside, first = {.process = process};
 
 	if (usdt_open.update(&key, &reserved))
 		return;
 	count_open(1);
 	inside = usdt_inside.lookup(&tid);
-	if (inside && inside->process == process)
-		inside->depth++;
-	else
+	if (!inside || inside->process != process) {
 		usdt_inside.update(&tid, &first);
+		inside = usdt_inside.lookup(&tid);
+	}
+	if (!inside)
+		return;
+	inside->depth++;
+	inside->bytes += reserved;
+	inside->in = values[1];
+	inside->out = values[2];
 }
 
 /* An abort of part of what was reserved ends no call: the rest is published. */
@@ -114,16 +113,18 @@ static __always_inline void close_call(u64 process, u64 id, u64 aborted)
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct open_key key = {.process = process, .id = id, .tid = tid};
-	u64 *reserved = usdt_open.lookup(&key);
+	u64 *known = usdt_open.lookup(&key), reserved;
 	struct inside *inside;
 
-	if (!reserved || aborted < *reserved)
+	if (!known || aborted < *known)
 		return;
+	reserved = *known;
 	usdt_open.delete(&key);
 	count_open(-1);
 	inside = usdt_inside.lookup(&tid);
 	if (!inside || inside->process != process)
 		return;
+	inside->bytes -= reserved;
 	if (inside->depth > 1)
 		inside->depth--;
 	else
@@ -175,7 +176,7 @@ int usdt_mark(u64 *ctx)
 	key.mark = site->mark;
 	if (key.mark == MARK_RESERVE) {
 		first = 3;
-		open_call(process, values[0], values[3]);
+		open_call(process, values);
 	}
 	if (key.mark == MARK_FILL || key.mark == MARK_FALLBACK)
 		key.detail = values[2] & 0xff;

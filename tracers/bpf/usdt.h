@@ -12,10 +12,22 @@
 struct inside {
 	u64 process;
 	u64 depth; /* calls that are open: a batch opens several */
+	u64 bytes; /* that they reserved */
+	u32 in;	   /* descriptors of the last one */
+	u32 out;
 };
 BPF_TABLE("lru_hash", u32, struct inside, usdt_inside, 4096); /* by thread */
 /* Calls open anywhere. While there are none, a system call is not asked whose it is. */
 BPF_ARRAY(usdt_nr_open, u64, 1);
+
+static __always_inline void count_open(s64 change)
+{
+	u32 zero = 0;
+	u64 *nr_open = usdt_nr_open.lookup(&zero);
+
+	if (nr_open)
+		__sync_fetch_and_add(nr_open, change);
+}
 
 static __always_inline u32 inside_flag(u64 process, u64 task)
 {

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""Programs whose findings are counted, one after the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rsplice.audit import Finding
+from rsplice.events import Tally
+from rsplice.launch import Command
+from rsplice.tracers.tracer import Tracer
+
+COUNT = 23
+
+
+@dataclass
+class Seen:
+    """What one run of a program was found to do."""
+
+    findings: list[Finding]
+    replies: list[Tally]  #: of a FUSE server, out of a pipe
+    pid: int
+
+    @property
+    def counts(self) -> dict[tuple[str, str], int]:
+        return {(f.name, f.first.get("reason", "")): f.count for f in self.findings}
+
+    def only(self, name: str) -> Finding:
+        (finding,) = [f for f in self.findings if f.name == name]
+        return finding
+
+
+class Watch:
+    """One tracer for all programs: it knows by process what an audit adds up."""
+
+    def __init__(self, direct: bool | None = None, **options: Any) -> None:
+        self.tracer = Tracer(direct=direct, **options)
+        self._known: set[int] = set()  # keys and pids of processes of earlier runs
+
+    def run(self, *argv: object, status: int = 0) -> Seen:
+        with open(os.devnull, "w") as null:
+            command = Command([str(word) for word in argv], output=null.fileno())
+            self.tracer.follow(command.pid)
+            command.release()
+            ended = command.wait()
+        if ended == 77:
+            pytest.skip("this kernel cannot mount FUSE here")
+        assert ended == status
+        reading = self.tracer.counters.read()
+        assert reading.events_lost == 0
+        mine = {p.key for p in reading.processes} - self._known
+        pids = {p.pid for p in reading.processes if p.key in mine}
+        self._known |= mine
+        return Seen(
+            [f for f in reading.findings if f.first["pid"] in pids],
+            [
+                t
+                for t in reading.tallies
+                if t.process in mine and (t.via, t.source.kind) == ("fuse reply", "pipe")
+            ],
+            command.pid,
+        )
+
+    def script(self, folder: Path, body: str) -> Seen:
+        """Runs a Python program: r and w are a pipe, source a file of 32 pages, COUNT is known."""
+        (folder / "source").write_bytes(b"s" * 32 * 4096)
+        program = folder / "program.py"
+        program.write_text(
+            "import ctypes, mmap, os\n"
+            f"COUNT, PAGE = {COUNT}, 4096\n"
+            f"source = os.open({str(folder / 'source')!r}, os.O_RDWR)\n"
+            f"output = os.open({str(folder / 'output')!r}, os.O_RDWR | os.O_CREAT)\n"
+            "null = os.open('/dev/null', os.O_WRONLY)\n"
+            "r, w = os.pipe()\n"
+            "class Vector(ctypes.Structure):\n"
+            "    _fields_ = [('base', ctypes.c_void_p), ('length', ctypes.c_size_t)]\n"
+            "def vmsplice(memory, flags):\n"
+            "    vector = Vector(ctypes.addressof(ctypes.c_char.from_buffer(memory)), PAGE)\n"
+            "    assert ctypes.CDLL(None).vmsplice(w, ctypes.byref(vector), 1, flags) == PAGE\n"
+            + body
+        )
+        # Isolated: site packages would make calls of their own.
+        return self.run(sys.executable, "-I", "-S", program)
