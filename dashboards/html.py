@@ -17,7 +17,10 @@ from rsplice.audit import (
     RspliceCalls,
 )
 from rsplice.dashboards import phrases
+from rsplice.dashboards.findings import facts, when
+from rsplice.dashboards.journeys import elapsed, heading, state_of, title
 from rsplice.dashboards.text import command_line, sanitise
+from rsplice.journey import Journeys, Step, Story
 
 _COLORS = {
     "copied": "#d9534f",
@@ -37,11 +40,14 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: right; padding: .3em .6em; border-top: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .why { color: #555; font-size: .92em; }
+table.text td, table.text th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.facts th { width: 8em; font-weight: 400; color: #555; }
+h3 { font-size: 1em; margin: 1.5em 0 .4em; } summary { cursor: pointer; margin: .6em 0; }
 .bar { display: flex; height: .5em; margin-top: .3em; background: #eee; }
 .key i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }
 .violation { color: #b02a26; font-weight: 600; } .hazard { color: #946200; }
 @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181a1b; } .why { color: #aaa; }
+  body { color: #ddd; background: #181a1b; } .why, table.facts th { color: #aaa; }
   th, td { border-color: #444; } .bar { background: #333; } .violation { color: #ff8078; }
   .hazard { color: #e6b450; } }
 """
@@ -73,7 +79,10 @@ def _body(audit: Audit) -> Iterator[str]:
         yield "<h2>librsplice</h2>" + _calls_table(audit)
     if audit.findings:
         yield "<h2>Findings</h2>"
-        yield from map(_finding, phrases.by_kind(audit.findings))
+        for found in phrases.by_kind(audit.findings):
+            yield _finding(found, audit.journeys)
+    if audit.journeys:
+        yield from _journeys(audit.journeys)
     if len(audit.processes) > 1:
         rows = (_process_row(process, audit.accuracy) for process in audit.processes)
         yield "<h2>Processes</h2>" + _table("Process", rows)
@@ -167,7 +176,42 @@ def _key() -> str:
     return f'<p class="key">{"".join(items)}</p>'
 
 
-def _finding(found: Finding) -> str:
+def _finding(found: Finding, journeys: Journeys | None) -> str:
+    """Its details, and the journeys of its pages where those were asked for."""
     kind = found.kind if found.kind in ("violation", "hazard") else "move"
-    notes = "<br>".join(_safe(note) for note in (phrases.first_seen(found), found.advice) if note)
-    return f'<p><span class="{kind}">{_safe(phrases.finding(found))}</span><br>{notes}</p>'
+    times = f"first after {when(found, 'time')}, last after {when(found, 'last')}"
+    rows = "".join(
+        f"<tr><th>{_safe(label)}</th><td>{_safe(sentence)}</td></tr>"
+        for label, sentence in facts(found)
+    )
+    followed = journeys.stories if journeys and journeys.finding else []
+    stories = (_story(story) for story in followed if found.label in story.findings)
+    return (
+        f'<h3><span class="{kind}">{_safe(phrases.finding(found))}</span>, {_safe(times)}</h3>'
+        f'<table class="text facts">{rows}</table>{"".join(stories)}'
+    )
+
+
+def _journeys(journeys: Journeys) -> Iterator[str]:
+    yield f"<h2>Journeys</h2><p>{_safe(title(journeys))}</p>"
+    if not journeys.finding:
+        yield from map(_story, journeys.stories)
+    if journeys.events_lost:
+        yield f"<p>{_safe(phrases.plural(journeys.events_lost, 'event'))} lost</p>"
+
+
+def _story(story: Story) -> str:
+    start = story.steps[0].time_ns if story.steps else 0
+    rows = "".join(_step(step, step.time_ns - start) for step in story.steps)
+    more = f"<p>and {_safe(phrases.plural(story.unkept, 'event'))} more, not kept</p>"
+    head = "".join(f"<th>{name}</th>" for name in ("After", "What", "", "Who", "Page"))
+    return (
+        f"<details><summary>{_safe(heading(story))}</summary>"
+        f'<table class="text"><tr>{head}</tr>{rows}</table>{more if story.unkept else ""}</details>'
+    )
+
+
+def _step(step: Step, after: int) -> str:
+    who = f"{step.comm} {step.pid}" if step.pid else ""
+    cells = (elapsed(after), step.what, step.detail, who, state_of(step).strip("()"))
+    return f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in cells)}</tr>"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rsplice.dashboards.phrases import plural
 from rsplice.dashboards.text import sanitise
-from rsplice.journey import Journeys, Step, Story
+from rsplice.journey import ANY_FINDING, Journeys, Step, Story
 
 _TIME = 10  #: columns
 _WHAT = 14
@@ -19,44 +19,55 @@ _DETAILS_MIN = 20
 
 
 def journey_lines(journeys: Journeys | None, width: int) -> Iterator[Text]:
-    """All stories, no line wider than *width*; nothing where none were asked for."""
+    """All stories, no line wider than *width*; nothing where none were asked for.
+
+    Stories of findings are told with those, and only counted here.
+    """
     if journeys is None:
         return
-    yield from _wrapped(_title(journeys), "", width, style="bold")
-    for story in journeys.stories:
-        yield from _story_lines(story, width)
+    yield from wrapped(f"JOURNEYS: {title(journeys)}", "", width, style="bold")
+    for story in () if journeys.finding else journeys.stories:
+        yield from story_lines(story, width)
     if journeys.events_lost:
         lost = plural(journeys.events_lost, "event")
-        yield from _wrapped(f"{lost} of journeys lost: stories may lack lines", "", width, "yellow")
+        yield from wrapped(f"{lost} of journeys lost: stories may lack lines", "", width, "yellow")
     yield Text()
 
 
-def _title(journeys: Journeys) -> str:
+def title(journeys: Journeys) -> str:
+    """How many pages were followed, and which."""
     pages = plural(len(journeys.stories), "page")
+    if journeys.finding:
+        which = "findings" if journeys.finding == ANY_FINDING else sanitise(journeys.finding)
+        if journeys.stories:
+            return f"{pages} of {which}, told with each finding"
+        return f"no page of {which} was followed"
     if journeys.path:
         name = sanitise(journeys.path)
-        return f"JOURNEYS: {pages} that entered the page cache of {name}"
+        return f"{pages} that entered the page cache of {name}"
     if not journeys.stories:
-        return "JOURNEYS: no page was seen queued in a pipe"
-    return f"JOURNEYS: {pages}, the first that were seen queued in a pipe"
+        return "no page was seen queued in a pipe"
+    return f"{pages}, the first that were seen queued in a pipe"
 
 
-def _story_lines(story: Story, width: int) -> Iterator[Text]:
-    yield from _wrapped(_heading(story), "    ", width, style="bold")
+def story_lines(story: Story, width: int) -> Iterator[Text]:
+    """One story, no line wider than *width*."""
+    yield from wrapped(heading(story), "    ", width, style="bold")
     start = story.steps[0].time_ns if story.steps else 0
     before = ""
     for step in story.steps:
         yield from _step_lines(step, step.time_ns - start, width)
-        state = _state(step)
+        state = state_of(step)
         if state and state != before:
-            yield from _wrapped(_MARGIN + state, _MARGIN, width, style="dim")
+            yield from wrapped(_MARGIN + state, _MARGIN, width, style="dim")
             before = state
     if story.unkept:
         unkept = f"and {plural(story.unkept, 'event')} more, which were counted, not kept"
-        yield from _wrapped(_MARGIN + unkept, _MARGIN, width, style="yellow")
+        yield from wrapped(_MARGIN + unkept, _MARGIN, width, style="yellow")
 
 
-def _heading(story: Story) -> str:
+def heading(story: Story) -> str:
+    """Which page a story is about, and how it ended."""
     file = f" of {sanitise(story.file)}" if story.file else ""
     large = f", a folio of {story.pages} pages" if story.pages > 1 else ""
     end = "freed in the end" if story.freed else "not freed while it was followed"
@@ -69,10 +80,10 @@ def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
     what = sanitise(step.what).ljust(_WHAT - 1)
     line = f"{elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
     indent = " " * (_TIME + 2 + _WHAT) if width >= _TIME + _WHAT + _DETAILS_MIN else "    "
-    yield from _wrapped(line.rstrip(), indent, width)
+    yield from wrapped(line.rstrip(), indent, width)
 
 
-def _state(step: Step) -> str:
+def state_of(step: Step) -> str:
     """The page as it was at a step: "1 reference, in 0 page tables, ..."; "" if not known."""
     if step.refcount is None or step.mapcount is None or step.what == "freed":
         return ""
@@ -97,8 +108,9 @@ def elapsed(nanoseconds: int) -> str:
     return f"{nanoseconds / 1e9:.3f} s"
 
 
-def _wrapped(line: str, indent: str, width: int, style: str = "") -> Iterator[Text]:
+def wrapped(line: str, indent: str, width: int, style: str = "") -> Iterator[Text]:
     """*line* on as many lines as it needs, those after the first behind *indent*."""
+    indent = indent if 2 * len(indent) <= width else ""
     margin = len(line) - len(line.lstrip())
     words, made = line[margin:].split(" "), line[:margin]
     empty = True
@@ -109,7 +121,7 @@ def _wrapped(line: str, indent: str, width: int, style: str = "") -> Iterator[Te
         made += word if empty else f" {word}"
         empty = False
         while cell_len(made) > width:  # a word that is longer than a line
-            cut = _fitting(made, width)
+            cut = max(1, _fitting(made, width))
             yield Text(made[:cut], style=style, no_wrap=True)
             made = indent + made[cut:]
     yield Text(made.rstrip(), style=style, no_wrap=True)

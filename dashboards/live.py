@@ -17,14 +17,10 @@ from rich.text import Text
 
 from rsplice.audit import Audit, Counts, Finding
 from rsplice.dashboards import phrases
-from rsplice.dashboards.frames import (
-    Entry,
-    Frame,
-    ordered,
-    path_entries,
-    process_entries,
-)
-from rsplice.dashboards.report import STYLES, WIDTH, accuracy_style
+from rsplice.dashboards.findings import STYLES, detail_lines, table_header, table_row
+from rsplice.dashboards.frames import Entry, Frame, ordered, path_entries, process_entries
+from rsplice.dashboards.journeys import wrapped
+from rsplice.dashboards.report import WIDTH, accuracy_style
 from rsplice.dashboards.spark import spark
 from rsplice.dashboards.table import Column, header, row
 from rsplice.dashboards.terminal import Signals, cbreak, read_keys
@@ -40,12 +36,17 @@ _COMMON_COLUMNS = (Column("PAYLOAD", 9), Column("COPIED", 11), Column("NOW", 11)
 _PATH_COLUMNS = (*_COMMON_COLUMNS, Column("C/BYTE", 7), Column("EVIDENCE", 10, left=True))
 _PROCESS_COLUMNS = (*_COMMON_COLUMNS, Column("FAULTS", 8), Column("INSERTED", 9))
 _PLAIN_ROWS = 5
+_STEPS = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -10, "page down": 10}
 _KEYS = " q quit   p pause   s sort   tab view   ? help "
+_FINDINGS_KEYS = " q quit   p pause   s sort   tab view   up/down choose   enter open   ? help "
+_DETAIL_KEYS = " q quit   p pause   up/down scroll   enter back   ? help "
 _HELP = (
     ("q, Ctrl-C", "leave; the audit is then printed"),
     ("p", "hold the picture; counting goes on"),
     ("s", "sort the table by something else"),
     ("tab", "paths, processes, findings"),
+    ("up, down", "choose a finding (also k, j); scroll an open one"),
+    ("enter", "open it: all that is known, and the journey of a page; Esc: back"),
     ("?", "this page; the next key leaves it"),
     ("copied", "bytes that the CPU copied"),
     ("avoided", "what a read/write relay would have copied, less the copied"),
@@ -86,6 +87,9 @@ class LiveView:
         self._help = False
         self._view = _VIEWS[0]
         self._sorts = dict.fromkeys(_VIEWS, 0)
+        self._chosen = ("", "")  #: kind and label of the finding that is chosen
+        self._open = False  #: it is looked at
+        self._scroll = 0  #: so many of its lines are above the screen
         self._latest = Frame()
         self._shown = self._latest
 
@@ -109,11 +113,32 @@ class LiveView:
         elif key == "p":
             self.paused = not self.paused
             self._shown = self._latest
-        elif key == "s":
-            self._sorts[self._view] += 1
         elif key == "\t":
             self._view = _VIEWS[(_VIEWS.index(self._view) + 1) % len(_VIEWS)]
+            self._open = False
+        elif self._open:
+            self._press_open(key)
+        elif key == "s":
+            self._sorts[self._view] += 1
+        elif self._view == "findings":
+            self._press_findings(key)
         return True
+
+    def _press_findings(self, key: str) -> None:
+        """A key that concerns the list of findings."""
+        findings, at = self._findings()
+        if key == "enter":
+            self._open, self._scroll = bool(findings), 0
+        elif key in _STEPS and findings:
+            at = min(max(at + _STEPS[key], 0), len(findings) - 1)
+            self._chosen = _identity(findings[at])
+
+    def _press_open(self, key: str) -> None:
+        """A key that concerns the finding that is looked at."""
+        if key in ("enter", "escape"):
+            self._open = False
+        else:
+            self._scroll += _STEPS.get(key, 0)
 
     def block(self) -> str:
         """The snapshot as some lines of plain text, for where there is no terminal."""
@@ -134,14 +159,21 @@ class LiveView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.height or options.max_height
-        top = [*self._head(width, options.ascii_only), Text()]
-        bottom = self._foot(console, width)
+        if self._open or self._help:
+            keys = _KEYS if self._help else _DETAIL_KEYS
+            top, bottom = [self._title_line(width)], [Text(keys, style="reverse")]
+        else:
+            top = [*self._head(width, options.ascii_only), Text()]
+            bottom = self._foot(console, width)
         room = max(0, height - len(top) - len(bottom))
         body = list(islice(self._body(console, width, room), room))
         body += [Text()] * (room - len(body))
         for line in [*top, *body, *bottom][:height]:
             line.truncate(width, overflow="crop")
             yield line
+
+    def _title_line(self, width: int) -> Text:
+        return Text(self._title().ljust(width), style="bold reverse")
 
     def _title(self) -> str:
         marks = ["RECORDED"] * self._recorded + ["PAUSED"] * self.paused
@@ -157,7 +189,7 @@ class LiveView:
             spark(samples, frame.at, max(0, width - 35), top, ascii_only)
             for samples in (frame.copied, frame.avoided)
         )
-        yield Text(self._title().ljust(width), style="bold reverse")
+        yield self._title_line(width)
         yield Text(f"{'':9}{'now':>12}{'so far':>12}  last minute", style="bold")
         line = _head_line("copied", phrases.copied(now) + "/s", phrases.copied(total, lost))
         yield line.append(copied, style="red")
@@ -177,15 +209,19 @@ class LiveView:
             phrases.page_cache(audit.pages, audit.accuracy),
         )
         lines = map(Text, (*_rsplice_lines(audit), *pages))
-        return [*lines, *known.wrap(console, width), Text(_KEYS, style="reverse")]
+        keys = _FINDINGS_KEYS if self._view == "findings" and audit.findings else _KEYS
+        return [*lines, *known.wrap(console, width), Text(keys, style="reverse")]
 
     def _body(self, console: Console, width: int, room: int) -> Iterator[Text]:
         if self._help:
             yield from _help_lines(console, width, self._shown.audit)
             return
+        if self._open:
+            yield from self._open_lines(width, room)
+            return
         yield self._tabs()
         if self._view == "findings":
-            yield from self._finding_lines(console, width)
+            yield from self._finding_lines(width, room - 1)
             return
         is_paths = self._view == "paths"
         entries = path_entries(self._shown) if is_paths else process_entries(self._shown)
@@ -240,12 +276,34 @@ class LiveView:
         now = phrases.copied(entry.now(self._shown.seconds)) + "/s"
         return [phrases.size(counts.payload_bytes), phrases.copied(counts), now]
 
-    def _finding_lines(self, console: Console, width: int) -> Iterator[Text]:
-        for found in _ordered_findings(self._shown.audit.findings, self._sort):
-            yield Text(phrases.finding(found), style=STYLES.get(found.kind, ""))
-            for sentence in (phrases.first_seen(found), sanitise(found.advice)):
-                for part in Text(sentence).wrap(console, max(1, width - 4)):
-                    yield Text("    ").append_text(part)
+    def _findings(self) -> tuple[list[Finding], int]:
+        """The findings in their order, and the place of the chosen one: by default the first."""
+        findings = _ordered_findings(self._shown.audit.findings, self._sort)
+        known = [_identity(found) for found in findings]
+        return findings, known.index(self._chosen) if self._chosen in known else 0
+
+    def _finding_lines(self, width: int, room: int) -> Iterator[Text]:
+        findings, at = self._findings()
+        if not findings:
+            yield Text("nothing was found")
+            return
+        yield table_header(width)
+        fit = max(1, room - 1 if len(findings) < room else room - 2)
+        start = min(max(0, at - fit // 2), max(0, len(findings) - fit))
+        for number, found in enumerate(findings[start : start + fit], start=start):
+            yield table_row(found, width, chosen=number == at)
+        if fit < len(findings):
+            yield Text(f"{start + 1} to {start + fit} of {len(findings)}", style="dim")
+        yield Text()
+        yield from wrapped(sanitise(findings[at].advice), "", width, "dim")
+
+    def _open_lines(self, width: int, room: int) -> Iterator[Text]:
+        findings, at = self._findings()
+        if not findings:
+            return
+        lines = list(detail_lines(findings[at], self._shown.audit.journeys, width))
+        self._scroll = min(max(0, self._scroll), max(0, len(lines) - room))
+        yield from lines[self._scroll :]
 
 
 def _rsplice_lines(audit: Audit) -> list[str]:
@@ -260,17 +318,21 @@ def _head_line(name: str, now: str, so_far: str) -> Text:
     return Text(f"{name:9}{now:>12}{so_far:>12}  ")
 
 
+def _identity(found: Finding) -> tuple[str, str]:
+    return found.kind, found.label
+
+
 def _ordered_findings(findings: list[Finding], sort: str) -> list[Finding]:
+    """By kind, and those of one name together; or by count or name alone."""
+    by_label = sorted(findings, key=lambda found: found.label)
     if sort == "count":
-        return sorted(findings, key=lambda found: -found.count)
-    if sort == "name":
-        return sorted(findings, key=lambda found: found.name)
-    return phrases.by_kind(findings)
+        return sorted(by_label, key=lambda found: -found.count)
+    return by_label if sort == "name" else phrases.by_kind(by_label)
 
 
 def _help_lines(console: Console, width: int, audit: Audit) -> Iterator[Text]:
     for key, meaning in _HELP:
-        yield Text(f"{key:10} {meaning}")
+        yield from wrapped(f"{key:10} {meaning}", " " * 11, width)
     for probe in phrases.missing_probes(audit.accuracy):
         yield from Text(f"missing {probe}", style="yellow").wrap(console, width)
 
@@ -335,7 +397,7 @@ def _loop(
             draw()
 
 
-def _obey(keys: str, view: LiveView, source: Source) -> bool:
+def _obey(keys: list[str], view: LiveView, source: Source) -> bool:
     paused = view.paused
     stay = all(view.press(key) for key in keys)
     if view.paused != paused and isinstance(source, Holdable):

@@ -11,9 +11,10 @@ from typing import IO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from rsplice.audit import Audit, Counts, Finding, PageCounts, Path, RspliceCalls
+from rsplice.audit import Audit, Counts, PageCounts, Path, RspliceCalls
 from rsplice.dashboards import phrases
-from rsplice.dashboards.journeys import journey_lines
+from rsplice.dashboards.findings import STYLES
+from rsplice.dashboards.journeys import journey_lines, story_lines
 from rsplice.dashboards.table import Column, header, tall_row
 from rsplice.dashboards.text import command_line, emit, sanitise
 
@@ -30,7 +31,6 @@ _COLUMNS = (
 )
 _CALL_COLUMNS = (Column("CALLS", 7), Column("BYTES", 9))
 _SEEN_MAX = 8
-STYLES = {"violation": "bold red", "hazard": "yellow", "missed move": "cyan"}
 
 
 class Report:
@@ -52,7 +52,7 @@ class Report:
         yield from _path_lines(audit.paths, width)
         yield Text()
         yield from _rsplice_lines(audit, width)
-        yield from _finding_lines(audit.findings)
+        yield from _finding_lines(audit, width)
         yield from journey_lines(audit.journeys, width)
         if len(audit.processes) > 1:
             yield from _process_lines(audit, width)
@@ -178,12 +178,17 @@ def _call_lines(name: str, calls: RspliceCalls, width: int) -> Iterator[Text]:
         yield Text(_INDENT + phrases.differs(sentence), style=STYLES["violation"])
 
 
-def _finding_lines(findings: list[Finding]) -> Iterator[Text]:
-    for found in phrases.by_kind(findings):
+def _finding_lines(audit: Audit, width: int) -> Iterator[Text]:
+    """Each finding, with the journeys of its pages where those were asked for."""
+    followed = audit.journeys.stories if audit.journeys and audit.journeys.finding else []
+    for found in phrases.by_kind(audit.findings):
         yield Text(phrases.finding(found), style=STYLES.get(found.kind, ""))
         first = phrases.first_seen(found)
         yield from _notes(first and f"first: {first}", found.advice)
-    if findings:
+        for story in followed:
+            if found.label in story.findings:
+                yield from story_lines(story, width)
+    if audit.findings:
         yield Text()
 
 

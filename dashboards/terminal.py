@@ -15,7 +15,19 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SEQUENCE = re.compile(rb"\x1b(?:[\[O][0-9;]*[@-~]|.)?", re.DOTALL)
+_KEY = re.compile(rb"\x1b(?:[\[O][0-9;]*[@-~]|.)?|.", re.DOTALL)
+#: What keys send that are not letters; xterm's modes of cursor keys, of Home and of End.
+_NAMES = {
+    b"\r": "enter",
+    b"\n": "enter",
+    b"\x7f": "escape",
+    b"\x1b": "escape",
+    **{b"\x1b" + mode + b"A": "up" for mode in (b"[", b"O")},
+    **{b"\x1b" + mode + b"B": "down" for mode in (b"[", b"O")},
+    b"\x1b[5~": "page up",
+    b"\x1b[6~": "page down",
+}
+_SEQUENCE_S = 0.05  #: seconds until an escape is a key, not the beginning of what a key sends
 
 
 @contextmanager
@@ -35,16 +47,29 @@ def cbreak(fd: int) -> Iterator[None]:
             termios.tcsetattr(fd, termios.TCSANOW, saved)
 
 
-def read_keys(fd: int) -> str:
-    """The keys pressed since the last call, those that send escape sequences left out.
+def read_keys(fd: int) -> list[str]:
+    """The keys pressed since the last call: characters, "up", "down", "enter", "escape" and such.
 
-    A terminal that has hung up reads as "q".
+    Others that send escape sequences are left out. A terminal that has hung up reads as "q".
     """
     try:
         data = os.read(fd, 1024)
+        while data.endswith(b"\x1b") and select.select([fd], [], [], _SEQUENCE_S)[0]:
+            more = os.read(fd, 1024)
+            if not more:
+                break
+            data += more
     except OSError:
         data = b""
-    return _SEQUENCE.sub(b"", data).decode("ascii", "ignore") if data else "q"
+    if not data:
+        return ["q"]
+    keys = (_NAMES.get(key) or _character(key) for key in _KEY.findall(data))
+    return [key for key in keys if key]
+
+
+def _character(key: bytes) -> str:
+    """The key of one byte; "" for others."""
+    return key.decode("ascii", "ignore") if len(key) == 1 else ""
 
 
 class Signals:

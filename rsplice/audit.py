@@ -325,12 +325,22 @@ class Finding:
     first: dict[str, Any]
     advice: str
 
+    @property
+    def label(self) -> str:
+        """Its name and, if it has one, its reason: "steal-refused: large folio"."""
+        return finding_label(self.name, str(self.first.get("reason", "")))
+
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Finding:
         return Finding(**{f.name: data[f.name] for f in fields(Finding)})
+
+
+def finding_label(name: str, reason: str) -> str:
+    """What tells findings apart in one audit, and names them in stories of pages."""
+    return f"{name}: {reason}" if reason else name
 
 
 @dataclass

@@ -7,22 +7,26 @@ Nothing here does I/O. What the words mean is told in docs/journeys.md.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 PAGES_DEFAULT = 4
 PAGES_MAX = 32
+FINDING_PAGES_DEFAULT = 1  #: of each finding, where pages of findings are followed
+ANY_FINDING = "any"
 #: Events that are kept of one page; those beyond are counted, but for its end.
 SHARE = 128
 
 #: What may happen to a page, and the marks of librsplice, in the order of tracers/bpf/journey.c.
 STEPS = ("queued", "taken", "moved", "filled", "inserted", "removed", "mapped", "unmapped",
-         "dirtied", "written back", "listed", "sent", "freed", "mark")  # fmt: skip
+         "dirtied", "written back", "listed", "sent", "freed", "mark", "finding")  # fmt: skip
 HOWS = ("", "device", "reply", "internal", "onward", "teed", "kept")
 MARKS = ("reserved", "filled", "published", "fell back", "aborted")
 
 _MARK = "librsplice"
+_FINDING = "finding"
+_MOMENTS = (_MARK, _FINDING)  #: what leaves the page in the state that it was in
 _SINKS = ("/dev/null", "/dev/zero")
 _SOCKETS = ("tcp", "udp", "unix", "udplite", "mptcp", "sctp", "vsock", "af_alg")
 
@@ -31,12 +35,14 @@ _SOCKETS = ("tcp", "udp", "unix", "udplite", "mptcp", "sctp", "vsock", "af_alg")
 class Request:
     """What is to be followed.
 
-    :param pages: so many pages at most
+    :param pages: so many pages at most; with *finding* so many of each finding and reason
     :param file: those that enter this file's page cache, instead of the first queued in a pipe
+    :param finding: those that findings of this name are about, or with "any" of any name
     """
 
     pages: int = PAGES_DEFAULT
     file: str | None = None
+    finding: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Event:
     call_filled: int = 0  #: when that told of a fill, 0 if it has not
     nbytes: int = 0  #: of a mark
     is_mark: bool = False
+    finding: str = ""  #: its label, of the step of that name
     refcount: int = -1  #: -1 where the state is not known
     mapcount: int = 0
     flags: tuple[str, ...] = ()
@@ -108,6 +115,7 @@ class Story:
     freed: bool = False  #: the last step is its end
     unkept: int = 0  #: events beyond its share: they were counted, not kept
     frame: int | None = None  #: number of the page frame, None where it is not known
+    findings: list[str] = field(default_factory=list)  #: labels of those that are about the page
 
     @property
     def file(self) -> str:
@@ -115,14 +123,27 @@ class Story:
         files = [s.mapping for s in self.steps if s.mapping not in ("", "none", _ANONYMOUS)]
         return files[-1] if files else ""
 
+    def has_frame(self, frame: object) -> bool:
+        """Whether the page frame of that number is the page's, or one of its folio."""
+        if self.frame is None or not isinstance(frame, int):
+            return False
+        return self.frame <= frame < self.frame + self.pages
+
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "steps": [step.to_json() for step in self.steps]}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Story:
         steps = [Step.from_json(step) for step in data["steps"]]
+        findings = list(data.get("findings", []))
         return Story(
-            data["page"], steps, data["pages"], data["freed"], data["unkept"], data["frame"]
+            data["page"],
+            steps,
+            data["pages"],
+            data["freed"],
+            data["unkept"],
+            data["frame"],
+            findings,
         )
 
 
@@ -134,6 +155,17 @@ class Journeys:
     path: str = ""  #: of the file whose pages were asked for; "" for the first in a pipe
     stories: list[Story] = field(default_factory=list)
     events_lost: int = 0  #: a story may lack a line if this is not 0
+    finding: str = ""  #: the name of the finding whose pages were asked for, or "any"
+
+    def of_finding(self, label: str, frame: object = None) -> Story | None:
+        """The story of a page that a finding is about; None if none was followed.
+
+        :param label: of the finding
+        :param frame: the page frame of its first occurrence, whose story is preferred
+        """
+        told = [story for story in self.stories if label in story.findings]
+        first = [story for story in told if story.has_frame(frame)]
+        return next(iter(first + told), None)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "stories": [story.to_json() for story in self.stories]}
@@ -141,7 +173,9 @@ class Journeys:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Journeys:
         stories = [Story.from_json(story) for story in data["stories"]]
-        return Journeys(data["asked"], data["path"], stories, data["events_lost"])
+        return Journeys(
+            data["asked"], data["path"], stories, data["events_lost"], data.get("finding", "")
+        )
 
 
 _ANONYMOUS = "anonymous memory"
@@ -155,6 +189,8 @@ def tell(
 ) -> Journeys:
     """The stories that *events*, in any order, add up to: one for each page.
 
+    Where pages of findings were asked for, candidates that none is about have no story.
+
     :param unkept: events beyond its share, by page
     :param lost: events that nobody has
     """
@@ -166,17 +202,37 @@ def tell(
             marks[_call_of(event)].append(event)
         else:
             pages[event.page].append(event)
-    stories = [_story(page, pages[page], marks) for page in sorted(pages)]
-    for story in stories:
-        story.unkept = (unkept or {}).get(story.page - 1, 0)
-    return Journeys(request.pages, request.file or "", stories, lost)
+    if request.finding:
+        pages = {page: own for page, own in pages.items() if any(e.finding for e in own)}
+    stories = []
+    for number, page in enumerate(sorted(pages), start=1):
+        story = _story(number if request.finding else page + 1, pages[page], marks)
+        story.unkept = (unkept or {}).get(page, 0)
+        stories.append(story)
+    return Journeys(request.pages, request.file or "", stories, lost, request.finding)
+
+
+def without_candidates(
+    kept: Sequence[Event], fresh: Sequence[Event], live: Container[int]
+) -> list[Event]:
+    """*kept* and *fresh*, less the events of pages that no finding will ever be about.
+
+    :param kept: events that were read before
+    :param fresh: those read now
+    :param live: pages that were followed still, just before *fresh* was read
+    """
+    events = [*kept, *fresh]
+    wanted = {e.page for e in events if e.finding} | {e.page for e in fresh}
+    own = [e for e in events if not e.is_mark and (e.page in wanted or e.page in live)]
+    calls = {_call_of(e) for e in own if e.call_time}
+    return own + [e for e in events if e.is_mark and _call_of(e) in calls]
 
 
 def _call_of(event: Event) -> tuple[int, ...]:
     return event.pid, event.tid, event.call, event.call_time
 
 
-def _story(page: int, events: list[Event], marks: Mapping[tuple[int, ...], list[Event]]) -> Story:
+def _story(number: int, events: list[Event], marks: Mapping[tuple[int, ...], list[Event]]) -> Story:
     ends = [event.time for event in events if event.step == "freed"]
     end = min(ends) if ends else None
     # What a call took is told when it returns. By then it may have freed the page.
@@ -186,11 +242,12 @@ def _story(page: int, events: list[Event], marks: Mapping[tuple[int, ...], list[
     steps += _marks(ordered, marks, end)
     steps.sort(key=lambda pair: pair[0])
     return Story(
-        page + 1,
+        number,
         [step for _, step in steps],
         max(event.pages for event in events),
         end is not None,
         frame=events[0].frame,
+        findings=list(dict.fromkeys(event.finding for event in ordered if event.finding)),
     )
 
 
@@ -284,6 +341,8 @@ def _words(event: Event) -> tuple[str, str]:
         return "queued", _queued(event, by)
     if event.step == "taken":
         return _taken(event, by)
+    if event.step == "finding":
+        return _FINDING, event.finding
     if event.step == "moved":
         return "stolen", "into the reader's page cache by a FUSE reply"
     if event.step == "filled":
@@ -335,7 +394,7 @@ def chrome_trace(journeys: Journeys) -> list[dict[str, Any]]:
     for story in journeys.stories:
         title = f"page {story.page}" + (f" of {story.file}" if story.file else "")
         trace.append(_named("thread_name", story.page, title))
-        states = [step for step in story.steps if step.what != _MARK]
+        states = [step for step in story.steps if step.what not in _MOMENTS]
         ends = [step.time_ns for step in states[1:]] + [states[-1].time_ns] if states else []
         until = {id(step): end for step, end in zip(states, ends, strict=True)}
         for step in story.steps:
@@ -350,8 +409,8 @@ def _named(what: str, tid: int, name: str) -> dict[str, Any]:
 def _slice(story: Story, step: Step, start: int, until: int | None) -> dict[str, Any]:
     known = {k: v for k, v in vars(step).items() if k not in ("time_ns", "what") and v is not None}
     event = {
-        "name": f"{_MARK}: {step.detail}" if until is None else step.what,
-        "cat": "librsplice" if until is None else "page",
+        "name": f"{step.what}: {step.detail}" if until is None else step.what,
+        "cat": step.what if until is None else "page",
         "ts": (step.time_ns - start) / 1000,
         "pid": 1,
         "tid": story.page,

@@ -13,20 +13,24 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path as File
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from rsplice.audit import Audit, Process
+from rsplice.audit import Audit, Finding, Process
 from rsplice.dashboards.frames import Frame
 from rsplice.dashboards.live import LiveView
 from rsplice.dashboards.spark import Sample, spark
 from rsplice.dashboards.terminal import read_keys
+from rsplice.journey import Journeys, Step, Story
 from tests.test_report import (
+    EVIL,
     EVIL_SHOWN,
     audit_of,
     bounced_path,
@@ -38,6 +42,8 @@ from tests.test_report import (
 
 ROOT = File(__file__).parent.parent
 PATIENCE = 60.0  #: seconds until a terminal test gives up
+FINDINGS = ["\t", "\t"]  #: keys that lead to them
+DETAIL = [*FINDINGS, "enter"]
 
 
 def view_of(*audits: Audit, recorded: bool = False) -> LiveView:
@@ -45,6 +51,13 @@ def view_of(*audits: Audit, recorded: bool = False) -> LiveView:
     view = LiveView(recorded=recorded)
     for at, audit in enumerate(audits, start=1):
         view.feed(replace(audit, duration_s=float(at)), float(at))
+    return view
+
+
+def pressed(view: LiveView, *keys: str) -> LiveView:
+    """The view after *keys*."""
+    for key in keys:
+        assert view.press(key)
     return view
 
 
@@ -58,8 +71,10 @@ def screen(view: LiveView, width: int = 80, height: int = 24) -> str:
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (23, 3), (131, 53)])
-@pytest.mark.parametrize("keys", ["", "\t", "\t\t", "?", "p"])
-def test_it_fits(width: int, height: int, keys: str) -> None:
+@pytest.mark.parametrize(
+    "keys", [[], ["\t"], FINDINGS, DETAIL, [*DETAIL, *["down"] * 99], [*DETAIL, "?"], ["?"], ["p"]]
+)
+def test_it_fits(width: int, height: int, keys: list[str]) -> None:
     audit = sample()
     audit.paths *= 11
     audit.processes *= 23
@@ -69,7 +84,7 @@ def test_it_fits(width: int, height: int, keys: str) -> None:
         view.press(key)
     lines = screen(view, width, height).splitlines()
     assert len(lines) == height
-    assert max(map(len, lines)) <= width
+    assert max(map(cell_len, lines)) <= width
     assert "RECORDED" in lines[0]
     assert "RECORDED" not in screen(view_of(audit))
 
@@ -92,11 +107,11 @@ def test_the_picture_of_paths() -> None:
 
 def test_names_are_text_in_every_view() -> None:
     view = view_of(sample())
-    for found in (False, True, True):
+    for key, found in (("", False), ("\t", True), ("\t", False), ("enter", True), ("?", False)):
+        view.press(key)
         text = screen(view)
         assert (EVIL_SHOWN in text) is found
         assert all(char.isprintable() or char == "\n" for char in text)
-        view.press("\t")
 
 
 def test_rates_are_of_the_time_between_two_snapshots() -> None:
@@ -159,12 +174,146 @@ def test_sorting_goes_round() -> None:
 
 
 def test_findings_can_be_sorted() -> None:
-    view = view_of(sample())
-    view.press("\t")
-    view.press("\t")
-    assert screen(view).splitlines()[7].startswith("violation: double-owner")
+    view = pressed(view_of(sample()), *FINDINGS)
+    assert screen(view).splitlines()[8].split()[1:3] == ["violation", "double-owner"]
     view.press("s")
-    assert screen(view).splitlines()[7].startswith("missed move: steal-refused")
+    assert screen(view).splitlines()[8].split()[1:4] == ["missed", "move", "steal-refused"]
+
+
+def many_findings() -> Audit:
+    """Findings of several names, kinds and reasons, as the ledger sorts them: by count."""
+    audit = sample()
+    audit.findings = [
+        Finding("steal-refused", "missed move", 128, {"reason": "large folio", "time": 0.5}, "a"),
+        Finding("stranded", "hazard", 23, {"time": 1.25, "last": 75.0}, "drain"),
+        Finding("steal-refused", "missed move", 5, {"reason": "dirty", "time": EVIL}, "fsync"),
+        Finding("double-owner", "violation", 1, {"time": 3.0, "last": float("nan")}, "report"),
+    ]
+    return audit
+
+
+def test_findings_of_a_name_stand_together_with_count_first_and_last() -> None:
+    lines = screen(pressed(view_of(many_findings()), *FINDINGS)).splitlines()
+    assert lines[7].split() == ["KIND", "FINDING", "COUNT", "FIRST", "LAST"]
+    assert [" ".join(line.split()) for line in lines[8:12]] == [
+        "> violation double-owner 1 3.00 s -",
+        "hazard stranded 23 1.25 s 1:15",
+        "missed move steal-refused: dirty 5 - -",
+        "missed move steal-refused: large folio 128 0.50 s -",
+    ]
+
+
+def test_a_finding_is_chosen_opened_and_left() -> None:
+    view = pressed(view_of(many_findings()), *FINDINGS)
+    for keys, name in (
+        ([], "double-owner"),
+        (["down"], "stranded"),
+        (["down", "j"], "steal-refused: large folio"),
+        (["down"], "steal-refused: large folio"),
+        (["up", "k"], "stranded"),
+        (["page up"], "double-owner"),
+    ):
+        pressed(view, *keys)
+        (line,) = [line for line in screen(view).splitlines() if line.startswith(">")]
+        assert name in line
+    for back in ("enter", "escape"):
+        text = screen(pressed(view, "enter"))
+        assert "violation: double-owner, once, first after 3.00 s, last after -" in text
+        assert "advice       report" in text and "stranded" not in text
+        assert text.splitlines()[-1] == " q quit   p pause   up/down scroll   enter back   ? help "
+        assert "stranded" in screen(pressed(view, back))
+    assert " paths 4 " in screen(pressed(view, "enter", "\t"))
+
+
+def test_the_chosen_one_stays_when_others_are_found() -> None:
+    audit = many_findings()
+    view = pressed(view_of(audit), *FINDINGS, "down", "enter")
+    more = replace(audit, findings=[*audit.findings])
+    more.findings.insert(0, Finding("changed-in-flight", "hazard", 7, {}, "copy"))
+    more.findings[2] = replace(more.findings[2], count=24)
+    view.feed(more, 2.0)
+    assert "hazard: stranded, 24 times" in screen(view)
+
+
+def test_more_findings_than_lines_are_scrolled() -> None:
+    audit = sample()
+    audit.findings = [Finding(f"name-{n:02}", "hazard", 1, {}, "") for n in range(41)]
+    view = pressed(view_of(audit), *FINDINGS)
+    seen: set[str] = set()
+    for _ in range(41):
+        text = screen(view)
+        assert " of 41" in text
+        seen |= {word for word in text.split() if word.startswith("name-")}
+        (chosen,) = [line for line in text.splitlines() if line.startswith(">")]
+        view.press("down")
+    assert len(seen) == 41
+    assert "name-40" in chosen
+
+
+def test_without_findings_there_is_nothing_to_open() -> None:
+    view = pressed(view_of(audit_of(read_path())), *FINDINGS, "enter", "down", "escape")
+    lines = screen(view).splitlines()
+    assert "nothing was found" in lines
+    assert "enter" not in lines[-1]
+
+
+def followed_finding(*labels: str) -> Audit:
+    """A finding with all that may be known of it, and pages that *labels* are about."""
+    audit = sample()
+    first = {
+        "reason": "large folio", "pid": 7, "comm": "pll", "page_frame": 4711, "file": "big",
+        "file_offset": 8192, "operation": "pipe -> fuse device via fuse reply", "time": 0.5,
+        "last": 0.75, "expected": "the page is moved", "seen": EVIL, "new": ["x"],
+    }  # fmt: skip
+    audit.findings = [Finding("steal-refused", "missed move", 23, first, "try O_DIRECT")]
+    stories = [
+        Story(number, [Step(0, "found"), Step(5, "queued", f"of page {number}")],
+              findings=[label], frame=4711 + 100 * (number - 2), pages=4)
+        for number, label in enumerate(labels, start=1)
+    ]  # fmt: skip
+    audit.journeys = Journeys(stories=stories, finding="any")
+    return audit
+
+
+def test_all_that_is_known_of_a_finding_is_told() -> None:
+    label = "steal-refused: large folio"
+    text = screen(pressed(view_of(followed_finding(label, label, "other")), *DETAIL), height=40)
+    for line in (
+        "  reason       large folio",
+        "  process      pll[7]",
+        "  operation    pipe -> fuse device via fuse reply",
+        "  file         big, at 8192",
+        "  page frame   4711",
+        "  expected     the page is moved",
+        f"  seen         {EVIL_SHOWN}",
+        "  new          ['x']",
+        "  advice       try O_DIRECT",
+    ):
+        assert line in text.splitlines()
+    assert "first after 0.50 s, last after 0.75 s" in text
+    assert "of page 2" in text, "the page of the first occurrence is preferred"
+    assert "of page 1" not in text and "of page 3" not in text
+
+
+def test_a_finding_whose_page_was_not_followed_says_so() -> None:
+    text = screen(pressed(view_of(followed_finding("stranded")), *DETAIL))
+    assert "journey      none: no page that was followed is one of this finding" in text
+    audit = followed_finding()
+    audit.journeys = None
+    text = screen(pressed(view_of(audit), *DETAIL))
+    assert "rsplice live --journey" in text
+
+
+def test_a_long_finding_is_scrolled_to_its_end_and_no_further() -> None:
+    audit = followed_finding("steal-refused: large folio")
+    assert audit.journeys
+    audit.journeys.stories[0].steps += [Step(n, "queued", f"step {n}") for n in range(100)]
+    view = pressed(view_of(audit), *DETAIL)
+    assert "step 99" not in screen(view)
+    pressed(view, *["page down"] * 99)
+    assert "step 99" in screen(view)
+    pressed(view, "up")
+    assert "step 99" not in screen(view)
 
 
 def test_what_does_not_fit_is_counted() -> None:
@@ -216,21 +365,37 @@ def test_history_is_a_minute_long() -> None:
 @pytest.mark.parametrize(
     ("data", "keys"),
     [
-        (b"q", "q"),
-        (b"sp\t?", "sp\t?"),
-        (b"\x1b[A\x1bOq\x1b[15~s", "s"),
-        (b"\x1bq", ""),
-        (b"\x1b", ""),
-        (b"\xc3\xa9", ""),
-        (b"", "q"),
+        (b"q", ["q"]),
+        (b"sp\t?", [*"sp\t?"]),
+        (b"\x1b[A\x1bOA\x1b[B\x1bOB", ["up", "up", "down", "down"]),
+        (b"\x1b[5~\x1b[6~", ["page up", "page down"]),
+        (b"\r\n\x7f", ["enter", "enter", "escape"]),
+        (b"\x1b[C\x1bOq\x1b[15~s", ["s"]),
+        (b"\x1bq", []),
+        (b"\x1b", ["escape"]),
+        (b"\xc3\xa9", []),
+        (b"", ["q"]),
     ],
 )
-def test_keys(data: bytes, keys: str) -> None:
+def test_keys(data: bytes, keys: list[str]) -> None:
     reader, writer = os.pipe()
     os.write(writer, data)
     os.close(writer)
     assert read_keys(reader) == keys
     os.close(reader)
+
+
+def test_a_key_whose_bytes_come_one_by_one_is_one_key() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"\x1b")
+    late = threading.Timer(0.001, os.write, (writer, b"[A"))
+    late.start()
+    try:
+        assert read_keys(reader) == ["up"]
+    finally:
+        late.join()
+        os.close(reader)
+        os.close(writer)
 
 
 # On a real terminal. The snapshots come an hour apart, so that what is drawn after the first is
@@ -333,8 +498,11 @@ def test_keys_are_obeyed_at_once(session: Session) -> None:
     session.until(" q quit", session.until(ENTER))
     assert termios.tcgetattr(session.slave) != modes
     session.until("FAULTS", session.press("\t"))
-    session.until("double-owner, once", session.press("\t"))
+    session.until("double-owner", session.press("\t"))
     session.until("by count", session.press("s"))
+    session.until("> violation", session.press("\x1b[B"))
+    session.until("enter back", session.press("\n"))
+    session.until("enter open", session.press("\x1b"))
     session.until("C/BYTE", session.press("?"))
     session.until("PAUSED", session.press("p\x1b[Ap"))
     session.press("q")

@@ -32,6 +32,7 @@ from rsplice.dashboards.html import render_html
 from rsplice.dashboards.report import print_report
 from rsplice.dashboards.text import command_line, emit, sanitise
 from rsplice.errors import RspliceError
+from rsplice.journey import Journeys, Step, Story
 
 EVIL = "\x1b[31m[red]evil\n"
 EVIL_SHOWN = r"\x1b[31m[red]evil\x0a"
@@ -407,6 +408,50 @@ def test_the_page_tells_the_whole_audit() -> None:
     for line in ("double-owner, once", "cp[7]", EVIL_SHOWN, "4099 bytes unknown", "copied >="):
         assert line in text
     assert 'title="94208 bytes"' in page
+
+
+def followed(*labels: str, finding: str = "any") -> Journeys:
+    """Pages that findings are about, one of each of *labels*."""
+    stories = [
+        Story(n, [Step(0, "found", EVIL), Step(1500, "queued", "", 7, EVIL, 1, 0, [], EVIL)],
+              frame=4711, findings=[label], unkept=3)
+        for n, label in enumerate(labels, start=1)
+    ]  # fmt: skip
+    return Journeys(1, "", stories, 2, finding)
+
+
+def test_journeys_of_findings_are_told_with_them() -> None:
+    audit = sample()
+    audit.journeys = followed("double-owner", "steal-refused", "double-owner", finding="any")
+    lines = report(audit).splitlines()
+    places = [next(i for i, line in enumerate(lines) if word in line) for word in (
+        "violation: double-owner", "page 1", "page 3", "missed move: steal-refused", "page 2",
+        "JOURNEYS: 3 pages of findings, told with each finding",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert sum("  queued" in line for line in lines) == 3
+    audit.journeys = followed(finding="stranded")
+    assert "JOURNEYS: no page of stranded was followed" in report(audit)
+
+
+def test_the_page_has_findings_and_journeys_in_full_and_escaped() -> None:
+    audit = sample()
+    attack = "<b>&\x1b"
+    audit.findings[0] = Finding("steal-refused", "missed move", 3, {"time": 0.5, "pid": 7}, attack)
+    audit.journeys = followed("steal-refused", "other")
+    audit.journeys.stories[0].steps[0] = Step(0, attack, attack, 7, attack, 1, 0, [attack], attack)
+    for finding, shown in (("any", 1), ("", 2)):
+        audit.journeys.finding = finding
+        page = render_html(audit)
+        parsed = _Page(page)
+        text = " ".join(parsed.texts)
+        assert "b" not in parsed.tags
+        assert all(char.isprintable() or char == "\n" for char in page)
+        assert text.count(", frame 4711") == shown
+        assert text.count("1.5 us") == shown
+        assert "first after 0.50 s, last after -" in text
+        assert "page frame 4711" in text, "of the violation, which was not followed"
+        assert "2 events lost" in text and "and 3 events more, not kept" in text
 
 
 def test_pages_that_nobody_counted_are_not_zero() -> None:

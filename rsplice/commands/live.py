@@ -2,7 +2,8 @@
 """Shows copies, and copies avoided, as they happen: of CMD, of running processes, of the machine,
 or with no arguments of a built-in workload. Leaving it prints the audit.
 
-Keys: q quit, p pause, s sort, tab view (paths, processes, findings), ? help.
+Keys: q quit, p pause, s sort, tab view (paths, processes, findings), ? help; among findings
+up and down choose, enter opens one, Esc goes back.
 What CMD prints is kept out of the picture and shown at the end; its standard input is /dev/null.
 Without the privilege for BPF the built-in workload is played from a recording.
 
