@@ -9,7 +9,7 @@ C_FILES := $(wildcard csrc/*.[ch] csrc/workloads/*.[ch] tests/c/*.[ch] tests/dri
 	benchmarks/*.[ch])
 CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	--inline-suppr --error-exitcode=1
-BPF_FILES := $(wildcard tracers/bpf/*.[ch])
+BPF_FILES := $(wildcard tracers/bpf/*.[ch] tests/bpf/*.[ch])
 
 .PHONY: live test setup setup-test setup-bench lint bench fuzz clean
 

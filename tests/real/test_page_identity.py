@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The pages that the device filled are the pages in the page cache of the FUSE file.
 
-All of them by the audit, which compares what the kernel waited for with what it has after each
-reply; some of them one by one, by their journeys, and by the frames in a reader's page tables.
+Every one of them: the frames that lay in the server's pipe before each reply are, page by page, the
+frames in a reader's page tables. The audit says the same by its counts, and of some pages by their
+journeys.
 """
 
 from __future__ import annotations
@@ -11,95 +12,155 @@ import importlib.util
 import json
 import mmap
 import os
-import shutil
-import struct
-import sys
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
 
-from tests.support.run import Result, Running
+from tests.support.attached import descendants_of
+from tests.support.pipe_frames import Answer, PipeFrames, frames_of, pipe_frames
+from tests.support.run import RSPLICE, Result, Running, process
 
 pytestmark = pytest.mark.privileged
 
 PAGE = 4096
 PAGES, TAIL = 16384, 101  # 64 MiB
+TWIN_PAGES = 211
+HEADER = 16  # struct fuse_out_header
 FOLLOWED = 31
-FRAME = (1 << 55) - 1  # Documentation/admin-guide/mm/pagemap.rst
-PRESENT = 1 << 63
 
 
-def frames(file: mmap.mmap, path: Path) -> list[int]:
-    """The page frame numbers of a mapped file, every page of which is touched first."""
-    assert sum(file[at] for at in range(0, len(file), PAGE)) > 0
-    (line,) = [
-        line
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(path))
-    ]
-    pages = -(-len(file) // PAGE)
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(int(line.split("-")[0], 16) // PAGE * 8)
-        entries = struct.unpack(f"{pages}Q", pagemap.read(pages * 8))
-    assert all(entry & PRESENT for entry in entries)
-    return [entry & FRAME for entry in entries]
+@dataclass
+class Served:
+    """A file that was read through a mapping of a FUSE server's file, and what was seen of it."""
+
+    audit: Result
+    answers: list[Answer]  #: of the server, with what lay in its pipe before
+    frames: list[int]  #: in the reader's page tables
 
 
 @pytest.fixture(scope="module")
-def served(
-    ext4: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Result, list[int]]]:
-    """An audit of a server whose one file is read through a mapping, and the frames seen there."""
+def source(ext4: Path) -> Iterator[Path]:
+    """An empty directory to be served, on a disk."""
     if not importlib.util.find_spec("rsplice._fuse"):
         pytest.skip("rsplice was built without libfuse3")
-    source, mount = ext4 / "identity", tmp_path_factory.mktemp("mnt")
-    source.mkdir()
-    with open(source / "file", "wb") as file:
-        file.write(os.urandom(1 << 20) * (PAGES * PAGE >> 20) + b"x" * TAIL)
+    with tempfile.TemporaryDirectory(dir=ext4) as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def mount(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mnt")
+
+
+def make_file(path: Path, pages: int) -> None:
+    with open(path, "wb") as file:
+        file.write((os.urandom(1 << 20) * (pages * PAGE // (1 << 20) + 1))[: pages * PAGE])
+        file.write(b"x" * TAIL)
         file.flush()
         os.fsync(file.fileno())
-    workload = [sys.executable, "-m", "rsplice", "workload", "fuse", "--mode", "rsplice"]
-    running = Running(
-        [*workload, "--source", source, "--mount", mount, "--threads", "2"],
-        f"--journey={FOLLOWED}",
-    )
+
+
+def command(mode: str, source: Path, mount: Path) -> list[str | Path]:
+    options = ["--mode", mode, "--threads", "2"]
+    return [*RSPLICE, "workload", "fuse", *options, "--source", source, "--mount", mount]
+
+
+def read_watched(probes: PipeFrames, running: Popen[bytes], source: Path, mount: Path) -> list[int]:
+    """The frames of the mount's file, of a server whose replies are noted from the first on."""
     until = time.monotonic() + 30.0
     while not os.path.ismount(mount):
-        assert time.monotonic() < until and running.process.poll() is None, "not mounted"
+        assert time.monotonic() < until and running.poll() is None, "not mounted"
         time.sleep(0.02)
-    with open(mount / "file", "rb") as shown:
-        mapping = mmap.mmap(shown.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        seen = frames(mapping, mount / "file")
-        with open(source / "file", "rb") as original:
-            assert mapping[:] == original.read()
-        mapping.close()
-    yield running.stop(), seen
-    shutil.rmtree(source)
+    (server,) = [
+        pid
+        for pid in descendants_of(running.pid)
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "rsplice-fuse"
+    ]
+    probes.watch(server)
+    with (
+        open(mount / "file", "rb") as shown,
+        mmap.mmap(shown.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping,
+    ):
+        frames = frames_of(mapping, str(mount / "file"))
+        assert mapping[:] == (source / "file").read_bytes()
+    return frames
 
 
-def test_every_whole_page_is_moved_and_the_tail_alone_is_copied(
-    served: tuple[Result, list[int]],
-) -> None:
-    reply = served[0].path("pipe", "fuse device", "fuse reply")
+def frames_before(answers: list[Answer], pages: int) -> list[int]:
+    """The frame that each whole page of the file had in the server's pipe, in file order."""
+    frames: dict[int, int] = {}
+    for answer in answers:
+        header, *payload = answer.buffers
+        assert header.length == HEADER
+        assert answer.offset % PAGE == 0
+        for number, buffer in enumerate(payload, answer.offset // PAGE):
+            if number < pages:
+                assert (buffer.offset, buffer.length) == (0, PAGE)
+                assert number not in frames, "read twice"
+                frames[number] = buffer.frame
+    assert sorted(frames) == list(range(pages)), "not every page went through a reply"
+    return [frames[number] for number in range(pages)]
+
+
+@pytest.fixture(scope="module")
+def served(source: Path, mount: Path) -> Served:
+    make_file(source / "file", PAGES)
+    with pipe_frames() as probes:
+        running = Running(command("rsplice", source, mount), f"--journey={FOLLOWED}")
+        frames = read_watched(probes, running.process, source, mount)
+        return Served(running.stop(), probes.answers(), frames)
+
+
+def test_each_page_is_the_very_page_that_lay_in_the_servers_pipe(served: Served) -> None:
+    assert frames_before(served.answers, PAGES) == served.frames[:PAGES]
+
+
+def test_each_page_has_a_frame_of_its_own(served: Served) -> None:
+    assert len(served.frames) == len(set(served.frames)) == PAGES + 1
+
+
+def test_the_tail_is_copied_into_another_page(served: Served) -> None:
+    last = served.answers[-1].buffers[-1]
+    assert last.length == TAIL
+    assert last.frame != served.frames[-1]
+
+
+def test_pages_that_are_copied_are_other_pages(source: Path, mount: Path) -> None:
+    """The twin: pages of the source's page cache that are mapped cannot be moved."""
+    make_file(source / "file", TWIN_PAGES)
+    with (
+        open(source / "file", "rb") as original,
+        mmap.mmap(original.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping,
+        pipe_frames() as probes,
+        process(command("splice", source, mount), stdout=subprocess.DEVNULL) as running,
+    ):
+        lent = frames_of(mapping, str(source / "file"))
+        shown = read_watched(probes, running, source, mount)
+        answers = probes.answers()
+        running.terminate()
+        assert running.wait(30) == 0
+    assert frames_before(answers, TWIN_PAGES) == lent[:TWIN_PAGES]
+    assert not set(lent) & set(shown)
+
+
+def test_every_whole_page_is_moved_and_the_tail_alone_is_copied(served: Served) -> None:
+    reply = served.audit.path("pipe", "fuse device", "fuse reply")
     assert reply["payload_bytes"] == PAGES * PAGE + TAIL
     assert (reply["moved"], reply["copied"]) == (PAGES * PAGE, TAIL)
     assert reply["evidence"] == "identity"
-    filled = served[0].path("ext4 O_DIRECT", "pipe", "splice")
+    filled = served.audit.path("ext4 O_DIRECT", "pipe", "splice")
     assert filled["direct"] >= PAGES * PAGE + TAIL
 
 
-def test_each_page_has_a_frame_of_its_own(served: tuple[Result, list[int]]) -> None:
-    _, seen = served
-    assert len(seen) == len(set(seen)) == PAGES + 1
-
-
-def test_a_page_is_filled_queued_moved_in_and_mapped_without_a_copy(
-    served: tuple[Result, list[int]],
-) -> None:
-    stories: list[dict[str, Any]] = served[0].json["journeys"]["stories"]
+def test_a_page_is_filled_queued_moved_in_and_mapped_without_a_copy(served: Served) -> None:
+    stories: list[dict[str, Any]] = served.audit.json["journeys"]["stories"]
     moved = [
         [step["what"] for step in story["steps"]]
         for story in stories
