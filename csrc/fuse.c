@@ -37,10 +37,15 @@ static struct fuse_out_header header_of(const struct reply *reply, size_t payloa
 					.unique = reply->unique};
 }
 
-/* Whether SPLICE_F_MOVE is asked for. A file's cached pages would be stolen from the file. */
+/*
+ * Whether SPLICE_F_MOVE is asked for. A file's cached pages would be stolen from the file; a
+ * socket's buffers give no page away, and trying costs two atomic operations on each placeholder.
+ */
 static bool moves(const struct source *source)
 {
-	return source->kind != SOURCE_FILE || fills_directly(source);
+	if (source->kind == SOURCE_FILE)
+		return fills_directly(source);
+	return source->kind != SOURCE_STREAM;
 }
 
 static void count_filled(struct reply *reply, size_t size, enum rsplice_how how)
