@@ -86,6 +86,7 @@ struct call {
 	unsigned int flags;
 	size_t len; /* bytes asked for */
 	int64_t id;
+	size_t piece; /* bytes that it is offered at a time at most */
 	bool stopped; /* the consumer took less than it was offered */
 	struct rsplice_result result;
 };

@@ -9,10 +9,13 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define ALL_FLAGS    (RSPLICE_F_NONBLOCK | RSPLICE_F_STRICT | RSPLICE_F_MORE | RSPLICE_F_SHARE)
 #define MOST_AT_ONCE (1UL << 20) /* bytes: a private pipe's worth */
+#define WHOLE	     SIZE_MAX
+#define MESSAGE	     (16UL * RSPLICE_PAGE) /* bytes, of splice(2) to a socket of messages */
 
 enum consumer { CONSUMER_PIPE, CONSUMER_SOCKET, CONSUMER_MEMORY };
 
@@ -137,16 +140,61 @@ static bool may_wait(const struct call *call)
 }
 
 /*
- * splice(2) out of a private pipe, which never waits for room in another, for it is O_NONBLOCK. A
+ * How much one splice(2) may offer the consumer. To a socket that has not O_NONBLOCK it waits for
+ * room whatever its flags (fs/splice.c:splice_to_socket(), 6.18): a quarter of the send buffer has
+ * room for certain while poll(2) says POLLOUT, and a message is sent whole or not at all.
+ */
+static size_t piece_of(const struct call *call, enum consumer consumer)
+{
+	int mode, type, room;
+	socklen_t size = sizeof(int);
+
+	if (consumer != CONSUMER_SOCKET || !wants(call, RSPLICE_F_NONBLOCK))
+		return WHOLE;
+	mode = fcntl(call->fd_out, F_GETFL);
+	if (mode < 0 || mode & O_NONBLOCK)
+		return WHOLE;
+	if (getsockopt(call->fd_out, SOL_SOCKET, SO_TYPE, &type, &size) || type != SOCK_STREAM)
+		return MESSAGE;
+	if (getsockopt(call->fd_out, SOL_SOCKET, SO_SNDBUF, &room, &size) || room < 4)
+		return 1;
+	return room / 4 < (int)RSPLICE_PAGE ? (size_t)room / 4 : RSPLICE_PAGE;
+}
+
+/* splice(2) to the consumer, by pieces if it must not wait. Bytes, or -errno if there are none. */
+static ssize_t splice_out(const struct call *call, int fd, loff_t *offset, size_t size)
+{
+	size_t done = 0;
+
+	while (done < size) {
+		size_t left = size - done, piece = left < call->piece ? left : call->piece;
+		unsigned int more = piece < left ? SPLICE_F_MORE : 0;
+		int error = call->piece == WHOLE ? 0 : wait_for_room(call, 0);
+		ssize_t taken = error ? 0
+				      : splice(fd, offset, call->fd_out, NULL, piece,
+					       splice_flags(call) | more);
+
+		if (taken < 0)
+			error = -errno;
+		if (taken <= 0)
+			return done ? (ssize_t)done : error;
+		done += (size_t)taken;
+		if ((size_t)taken < piece)
+			break;
+	}
+	return (ssize_t)done;
+}
+
+/*
+ * Out of a private pipe, whose splice(2) never waits for room in another, for it is O_NONBLOCK. A
  * socket has waited, if it may, and EAGAIN is its SO_SNDTIMEO.
  */
 static ssize_t publish_once(struct call *call, struct own_pipe *pipe, size_t size,
 			    enum consumer consumer)
 {
 	for (;;) {
-		ssize_t taken =
-			splice(pipe->reader, NULL, call->fd_out, NULL, size, splice_flags(call));
-		int error = taken ? errno : EAGAIN;
+		ssize_t taken = splice_out(call, pipe->reader, NULL, size);
+		int error = taken ? (int)-taken : EAGAIN;
 
 		if (taken > 0) {
 			pipe->queued -= (size_t)taken;
@@ -233,11 +281,8 @@ static ssize_t go_straight(struct call *call, size_t len)
 
 	if (file)
 		how = source->certain ? RSPLICE_HOW_DIRECT : RSPLICE_HOW_UNKNOWN;
-	got = splice(file ? source->direct : source->fd, file ? &at : NULL, call->fd_out, NULL, len,
-		     splice_flags(call));
-	if (got < 0)
-		return -errno;
-	if (got) {
+	got = splice_out(call, file ? source->direct : source->fd, file ? &at : NULL, len);
+	if (got > 0) {
 		rsplice_probe_fill(call->id, got, how);
 		count_published(call, (size_t)got, how);
 	}
@@ -399,6 +444,7 @@ static ssize_t carry_out(struct call *call, int64_t *off_out, size_t len)
 		return -EOPNOTSUPP;
 	if (consumer == CONSUMER_MEMORY)
 		return into_memory(call, off_out, len);
+	call->piece = piece_of(call, consumer);
 	return into_stream(call, len, consumer);
 }
 

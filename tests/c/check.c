@@ -100,6 +100,12 @@ int scratch_file(int flags)
 	return again;
 }
 
+void scratch_directory(char *path, size_t size)
+{
+	CHECK((size_t)snprintf(path, size, "%s/scratch-XXXXXX", directory) < size);
+	CHECK(mkdtemp(path));
+}
+
 static void out_of_time(int number)
 {
 	static const char text[] = "a call hangs: ";

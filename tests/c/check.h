@@ -54,6 +54,8 @@ unsigned int descriptors(void);
 void use_directory(int argc, char **argv);
 /* An unlinked, empty file on the filesystem of that directory. */
 int scratch_file(int flags);
+/* The path of a new, empty directory below it, which the caller removes. */
+void scratch_directory(char *path, size_t size);
 /* Ends the process, as failed, if it runs longer: a call that hangs. 0: no limit any more. */
 void limit_seconds(unsigned int seconds);
 /* A memfd or the like that has size bytes of the pattern. */

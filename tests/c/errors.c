@@ -259,12 +259,12 @@ static void too_large(void)
 
 static void no_space(void)
 {
-	char point[] = "/tmp/rsplice-full-XXXXXX", path[64];
+	char point[4096], path[4096 + 8];
 	int file = memory_of(MIB), memory;
 	struct stat status;
 
 	about("ENOSPC");
-	CHECK(mkdtemp(point));
+	scratch_directory(point, sizeof(point));
 	if (mount("none", point, "tmpfs", 0, "size=64k")) {
 		fprintf(stderr, "lacking: ENOSPC needs the right to mount a tmpfs\n");
 		rmdir(point);
@@ -326,6 +326,93 @@ static void handler(int number)
 	(void)number;
 }
 
+/* Bytes that the socket has for its reader, which are the pattern from its place `from` on. */
+static size_t take_pattern(int reader, size_t from)
+{
+	static uint8_t bytes[64 * KIB];
+	size_t taken = 0;
+	ssize_t got, i;
+
+	while ((got = recv(reader, bytes, sizeof(bytes), MSG_DONTWAIT)) > 0) {
+		for (i = 0; i < got; i++)
+			CHECK_EQUAL(bytes[i], pattern(from + taken + (size_t)i));
+		taken += (size_t)got;
+	}
+	return taken;
+}
+
+/* A socket that nobody reads is filled, len bytes at a time, and goes on once it is read. */
+static void fill_socket(enum sink_kind kind, int buffer, size_t len)
+{
+	int file = memory_of(4 * MIB), full = 0;
+	size_t sent = 0, taken = 0;
+	struct sink sink;
+	ssize_t done;
+
+	about("NONBLOCK, socket %d that may wait, buffer of %d, %zu at a time", kind, buffer, len);
+	CHECK(!sink_open(&sink, kind, 0));
+	CHECK(!setsockopt(sink.fd, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof(buffer)));
+	CHECK(!(fcntl(sink.fd, F_GETFL) & O_NONBLOCK));
+	while (full < 3) {
+		done = to(sink.fd, file, len, RSPLICE_F_NONBLOCK);
+		CHECK(done > 0 || errno == EAGAIN);
+		if (done > 0) {
+			sent += (size_t)done;
+			continue;
+		}
+		full++;
+		CHECK(sent > taken && sent < 4 * MIB);
+		/* Packets of the loopback arrive in their own time. */
+		while (taken < sent)
+			taken += take_pattern(sink.reader, taken);
+		CHECK_EQUAL(taken, sent);
+	}
+	CHECK_EQUAL(lseek(file, 0, SEEK_CUR), sent);
+	sink_close(&sink);
+	close(file);
+}
+
+static void socket_without_room(void)
+{
+	static const enum sink_kind kinds[] = {SINK_UNIX, SINK_TCP};
+	static const int buffers[] = {1, 16384, 65536};
+	static const size_t sizes[] = {100, PAGE, 256 * KIB};
+	size_t i, j, k;
+
+	for (i = 0; i < 2; i++)
+		for (j = 0; j < 3; j++)
+			for (k = 0; k < 3; k++)
+				fill_socket(kinds[i], buffers[j], sizes[k]);
+}
+
+/* The same out of a pipe, whose pages go to the socket as they are; and a socket of messages. */
+static void socket_without_room_for_a_pipe(void)
+{
+	int file = memory_of(MIB), other[2], pair[2], buffer = 4096;
+	ssize_t done, sent = 0;
+
+	about("NONBLOCK, a pipe into a socket that may wait");
+	CHECK(!pipe2(other, O_CLOEXEC) && fcntl(other[1], F_SETPIPE_SZ, MIB) > 0);
+	CHECK(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
+	CHECK(!setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &buffer, sizeof(buffer)));
+	CHECK_EQUAL(to(other[1], file, 512 * KIB, 0), 512 * KIB);
+	while ((done = to(pair[1], other[0], 128 * KIB, RSPLICE_F_NONBLOCK)) > 0)
+		sent += done;
+	CHECK_EQUAL(errno, EAGAIN);
+	CHECK(sent > 0);
+	CHECK_EQUAL(queued(other[0]) + (int)rsplice_pending(other[0]) + sent, 512 * KIB);
+	CHECK_EQUAL(take_pattern(pair[0], 0), sent);
+	rsplice_discard(other[0]);
+	close(pair[0]), close(pair[1]);
+
+	about("NONBLOCK, a socket of messages that may wait");
+	CHECK(!socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, pair));
+	while (to(pair[1], file, PAGE, RSPLICE_F_NONBLOCK) > 0)
+		;
+	CHECK_EQUAL(errno, EAGAIN);
+	close(file), close(other[0]), close(other[1]), close(pair[0]), close(pair[1]);
+}
+
 /* A signal ends the wait for a source, and for a consumer without SA_RESTART. */
 static void interrupted(void)
 {
@@ -381,6 +468,8 @@ int main(int argc, char **argv)
 	bad_arguments();
 	bad_kinds();
 	would_wait();
+	socket_without_room();
+	socket_without_room_for_a_pipe();
 	nobody_listens();
 	strict();
 	memory_refuses();
