@@ -32,6 +32,7 @@ TEST_PACKAGES="
     btrfs-progs xfsprogs e2fsprogs util-linux procps
     clang libclang-rt-14-dev|libclang-rt-dev valgrind
     bpftool strace curl nginx-light|nginx rsync socat tar tmux zstd debian-archive-keyring
+    cmake meson ninja-build cargo golang-go fio
 "
 BENCH_PACKAGES="bpftrace linux-perf|linux-tools-generic wrk"
 

@@ -56,7 +56,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     ci.prepare_parser(parser)
     journeys.prepare_parser(parser)
-    parser.add_argument("-q", dest="quiet", action="store_true", help="no report on standard error")
+    parser.add_argument(
+        "-q",
+        dest="quiet",
+        action="store_true",
+        help="no report on standard error; what a --fail-on found is told",
+    )
     parser.add_argument(
         "-v", dest="verbose", action="store_true", help="say what is attached, and when"
     )
@@ -107,6 +112,7 @@ def _follow(session: Session, args: argparse.Namespace) -> None:
 
 
 def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
+    from rsplice.dashboards.limits_text import failure_lines
     from rsplice.dashboards.report import print_report
 
     failure: RspliceError | None = None
@@ -128,13 +134,14 @@ def _report(audit: Audit, args: argparse.Namespace, limits: list[Limit]) -> int:
                 f"cannot write {path}: {error.strerror}; the report follows here"
             )
             to_stderr = True
-    held = [sentence for sentence in (limit.holds(audit) for limit in limits) if sentence]
+    held = [lines for limit in limits if (lines := failure_lines(audit, limit))]
     if to_stderr or held:
         with ci.no_commands(args):
             if to_stderr:
                 print_report(audit, sys.stderr)
-            for sentence in held:
-                _say(sentence)
+            for sentence, *reasons in held:
+                # Reasons are told once: by the report, by an annotation, or here.
+                _say(sentence, *([] if to_stderr or args.github else reasons))
     ci.annotate(audit, limits, args)
     if failure:
         raise failure
@@ -203,11 +210,12 @@ def _write(path: str, text: str) -> None:
         raise
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, *lines: str) -> None:
     from rsplice.dashboards.text import sanitise
 
     with contextlib.suppress(OSError):
-        print(f"rsplice: {sanitise(sentence)}", file=sys.stderr, flush=True)
+        text = "\n".join(map(sanitise, (f"rsplice: {sentence}", *lines)))
+        print(text, file=sys.stderr, flush=True)
 
 
 def _say_attached(session: Session, took: float) -> None:
