@@ -39,6 +39,7 @@ class Session:
     :param user: who the command runs as
     :param output: descriptor for the command's standard output and error
     :param journey: the pages whose journeys are followed, if any
+    :param integrity: whether the contents of queued pages are compared too; takes identity "all"
     :raises RspliceError: no privilege, no such pid, no such command, ...
     """
 
@@ -51,6 +52,7 @@ class Session:
         user: str | None = None,
         output: int | None = None,
         journey: Request | None = None,
+        integrity: bool = False,
     ) -> None:
         why_not = reason()
         if why_not:
@@ -68,6 +70,7 @@ class Session:
                 everything,
                 files=usdt.find(argv, pids),
                 journeys=Follower(journey) if journey else None,
+                integrity=integrity,
             )
             for pid in pids:
                 self.tracer.follow(pid)

@@ -36,11 +36,11 @@ _CACHE_CLASS = CLASSES.index("page cache")
 # bpf/findings.h
 _KEY = struct.Struct("=QQQIIII")
 _VALUE = struct.Struct("=QQQ QQQIiIIIIII QQII32s")
-_LEARNED = struct.Struct("=QQ")
+LEARNED = struct.Struct("=QQQ")
 _PAGE = 4096
 
-#: Entries of the map of findings, and of that of replies under way.
-SIZES = {"MAX_FINDINGS": 2048, "MAX_OFFERS": 128}
+#: Entries of the map of findings, of that of replies under way, and of that of queued contents.
+SIZES = {"MAX_FINDINGS": 2048, "MAX_OFFERS": 128, "MAX_CONTENTS": 16384}
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,28 @@ REASONS = (
         "Unmap gifted memory before it is published: its old owner can still write to it.",
         "offered by librsplice",
     ),
+    Meaning(
+        "hazard",
+        "queued memory does not change until it is read",
+        "The sender can still write to memory that it has vmspliced, and the reader would see "
+        "it. That is legal, and libfuse relies on it: leave the buffer alone until the reader is "
+        "done.",
+        "could change",
+    ),
+    Meaning(
+        "hazard",
+        "a queued page does not change until it is read",
+        "The reader gets other bytes than were queued: do not write to memory that was "
+        "vmspliced, or to a file that was spliced, before the reader is done; or write(2) a copy.",
+        "did change",
+    ),
+    Meaning(
+        "hazard",
+        "a page given with SPLICE_F_GIFT is not written to any more",
+        "What is written to a gift reaches its reader: unmap gifted memory, or do not touch it "
+        "again.",
+        "written later",
+    ),
     _missed(
         "not known",
         "Nothing that was looked at forbade the move: please report it with the kernel's release.",
@@ -168,13 +190,6 @@ _HAZARDS = {
         "a queued page belongs to its file until it is read",
         "The file was truncated or the page invalidated meanwhile: the reader gets what was "
         "there before. Lock the file, or copy.",
-    ),
-    "changed-in-flight": Meaning(
-        "hazard",
-        "queued memory does not change until it is read",
-        "The sender can still write to memory that it has vmspliced, and the reader would see "
-        "it. That is legal, and libfuse relies on it: leave the buffer alone until the reader is "
-        "done.",
     ),
     "stranded": Meaning(
         "hazard",
@@ -278,7 +293,7 @@ class Findings:
         known["time"] = round((first - self._began) / 1e9, 6)
         known["last"] = round((last - self._began) / 1e9, 6)
         known["expected"] = means.expected
-        known["seen"] = self._seen(name, page)
+        known["seen"] = self._seen(name, means.reason, page)
         return Finding(name, means.kind, count, known, means.advice)
 
     def _operation(self, key: bytes) -> str:
@@ -295,7 +310,7 @@ class Findings:
             return None
         return (address - self._vmemmap) // self._constants["PAGE_SIZE_OF"]
 
-    def _seen(self, name: str, page: _Page) -> str:
+    def _seen(self, name: str, reason: str, page: _Page) -> str:
         """The state of the page, in words."""
         if name == "leaked":
             return f"{page.length} bytes reserved, neither published nor aborted"
@@ -322,6 +337,8 @@ class Findings:
             parts.append("a gift")
         if page.buffer_flags & 0x10:
             parts.append("may be appended to")
+        if reason in ("did change", "written later"):
+            parts.append("other content than was queued")
         return ", ".join(parts)
 
     def _file(self, page: _Page, pid: int) -> str:
@@ -397,8 +414,8 @@ def learn(program: Program, constants: Mapping[str, int]) -> tuple[int | None, l
         try:
             with _buffer(number) as (descriptor, address):
                 program.run_once("learn_buffer", descriptor, number)
-                page, table = _LEARNED.unpack(_one(learned, number))
-                frame = _frame_of(address) if address else 0
+                page, table, _ = LEARNED.unpack(one(learned, number))
+                frame = frame_of(address) if address else 0
         except (OSError, BpfError) as error:
             cost = f"findings about {name} buffers are not seen"
             missing.append(MissingProbe(f"{name} buffers", str(error), cost))
@@ -414,8 +431,8 @@ def learn(program: Program, constants: Mapping[str, int]) -> tuple[int | None, l
     return vmemmap, missing
 
 
-def _one(learned: Map, number: int) -> bytes:
-    return (learned.get(struct.pack("=I", number)) or [bytes(_LEARNED.size)])[0]
+def one(learned: Map, number: int) -> bytes:
+    return (learned.get(struct.pack("=I", number)) or [bytes(LEARNED.size)])[0]
 
 
 @contextlib.contextmanager
@@ -471,7 +488,7 @@ def _fill_nosteal(writer: int, stack: contextlib.ExitStack) -> int:
 _FILLERS = (_fill_anonymous, _fill_cache, _fill_user, _fill_filled, _fill_nosteal)
 
 
-def _frame_of(address: int) -> int:
+def frame_of(address: int) -> int:
     """The page frame that is mapped at *address*; 0 where the kernel does not tell."""
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         pagemap.seek(address // _PAGE * 8)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe
 from rsplice.errors import RspliceError
+from rsplice.tracers import contents, operations, usdt
 from rsplice.tracers import layout as layouts
-from rsplice.tracers import operations, usdt
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.counters import Counters, map_sizes
 from rsplice.tracers.findings import SIZES, Findings, learn
@@ -109,7 +109,9 @@ TAILS = (
     Tail("exit_programs", 2, "tp_walk", "sys_exit", layouts.FEATURES["identity"]),
     Tail("exit_programs", 3, "tp_notification", "sys_exit", "MSG_ZEROCOPY is inferred"),
     Tail("exit_programs", 4, "tp_reply_end", "sys_exit", "notifications are not findings"),
+    Tail("exit_programs", 5, "tp_contents", "sys_exit", contents.COST),
     Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
+    Tail("enter_programs", 2, "tp_compare", "sys_enter", contents.COST),
     Tail("enter_programs", 1, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
     Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
     Tail("exit_task_programs", 1, "tp_leaked", "sched_process_exit", "leaked pages are not seen"),
@@ -126,6 +128,7 @@ class Tracer:
     :param direct: how kernel memory is read (bpf/access.h); None takes the faster that works
     :param files: with probes of librsplice, as usdt.find() returned them; they are closed
     :param journeys: the pages to be followed, if any; closed with the tracer
+    :param integrity: whether the contents of queued pages are compared too; takes identity "all"
     """
 
     def __init__(
@@ -135,8 +138,10 @@ class Tracer:
         direct: bool | None = None,
         files: Sequence[usdt.File] = (),
         journeys: Follower | None = None,
+        integrity: bool = False,
     ) -> None:
         self.identity = identity
+        self._integrity = integrity
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
         self.usdt_files: list[str] = []  #: those whose probes are attached
@@ -181,6 +186,7 @@ class Tracer:
             "SELF_PID": os.getpid() if names_us else 0,
             "DIRECT": int(self.direct),
             "USDT": int(bool(self._files)),
+            "INTEGRITY": int(self._integrity),
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         if self.journeys:
@@ -191,6 +197,8 @@ class Tracer:
             if program.has("learn_buffer"):
                 self._vmemmap, missing = learn(program, layout.constants)
                 self.missing += missing
+                if self._integrity:
+                    self.missing += contents.learn(program, self._vmemmap)
             self._attach_all(program, btf, layout)
         except BpfError as error:
             program.close()

@@ -11,7 +11,7 @@ from rsplice.session import Session
 
 
 def add_targets(parser: argparse.ArgumentParser) -> None:
-    """Adds -p, --all, --identity, --user and the command."""
+    """Adds -p, --all, --identity, --integrity, --user and the command."""
     parser.add_argument(
         "-p",
         dest="pids",
@@ -30,6 +30,11 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
         help="how many calls have their pages compared (default: all)",
     )
     parser.add_argument(
+        "--integrity",
+        action="store_true",
+        help="also compare what is in pages when they are queued in a pipe and when they are read",
+    )
+    parser.add_argument(
         "--user", metavar="NAME", help="who CMD runs as (default: under sudo the invoking user)"
     )
     parser.add_argument("command", nargs="*", metavar="CMD", help="the command, behind --")
@@ -42,8 +47,17 @@ def open_session(
     targets = [bool(args.command), bool(args.pids), args.everything]
     if sum(targets) != 1:
         raise RspliceError("say what to follow: either -- CMD [ARG...], or -p PID, or --all")
+    if args.integrity and args.identity != "all":
+        raise RspliceError(f"--integrity looks at every page: leave out --identity {args.identity}")
     return Session(
-        args.command, args.pids, args.everything, args.identity, args.user, output, journey
+        args.command,
+        args.pids,
+        args.everything,
+        args.identity,
+        args.user,
+        output,
+        journey,
+        args.integrity,
     )
 
 

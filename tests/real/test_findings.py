@@ -29,7 +29,7 @@ MODES: dict[str, dict[tuple[str, str], int]] = {
     "memfd": {(STEAL, "swap-backed"): PAGES},
     "gift": {(STEAL, "still mapped"): PAGES, ("gift-still-mapped", ""): PAGES},
     "gift-unmapped": {(STEAL, "swap-backed"): PAGES},
-    "vmspliced": {(STEAL, "not a gift"): PAGES, ("changed-in-flight", ""): PAGES},
+    "vmspliced": {(STEAL, "not a gift"): PAGES, ("changed-in-flight", "could change"): PAGES},
     "halves": {(STEAL, "partial page"): PAGES},
     "odd": {
         (STEAL, "payload at an odd offset"): 2,
@@ -140,7 +140,7 @@ def test_what_was_vmspliced_and_stays_mapped_could_change(watch: Watch, tmp_path
     body = "memory = mmap.mmap(-1, PAGE)\nmemory[:4] = b'mine'\n"
     body += "for _ in range(COUNT):\n vmsplice(memory, 0)\n os.splice(r, null, PAGE)\n"
     result = watch.script(tmp_path, body)
-    assert result.counts == {("changed-in-flight", ""): COUNT}
+    assert result.counts == {("changed-in-flight", "could change"): COUNT}
     assert result.only("changed-in-flight").kind == "hazard"
     copied = watch.script(
         tmp_path, "for _ in range(COUNT):\n os.write(w, bytes(PAGE))\n os.read(r, PAGE)"
@@ -240,3 +240,151 @@ def test_without_identity_nothing_is_looked_for_and_that_is_said(tmp_path: Path)
     result = audit(command, "--identity", "sample")
     assert result.json["findings"] == []
     assert "no findings looked for" in result.stderr
+
+
+# --- contents of pages (--integrity) --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
+def contents(request: pytest.FixtureRequest) -> Iterator[Watch]:
+    watch = Watch(request.param, integrity=True)
+    assert watch.tracer.missing == []
+    yield watch
+    watch.tracer.close()
+
+
+COULD, DID = ("changed-in-flight", "could change"), ("changed-in-flight", "did change")
+WRITTEN = ("gift-still-mapped", "written later")
+
+#: What queues a page of memory, shared so that a write reaches the pipe; "{}" are flags.
+VMSPLICED = (
+    "memory = mmap.mmap(-1, PAGE)\n"
+    "for i in range(COUNT):\n memory[:] = b'a' * PAGE\n vmsplice(memory, {})\n"
+)
+#: What queues a page of a file.
+SPLICED = "for i in range(COUNT):\n os.splice(source, w, PAGE, offset_src=i * PAGE)\n"
+
+
+@pytest.mark.parametrize(
+    "take",
+    ["os.read(r, PAGE)", "os.readv(r, [bytearray(PAGE)])", "os.splice(r, null, PAGE)"],
+    ids=["read", "readv", "splice"],
+)
+def test_memory_that_is_written_before_it_is_read_did_change(
+    contents: Watch, tmp_path: Path, take: str
+) -> None:
+    """One byte, at another place each time; as often, after it was read, which is legal."""
+    body = VMSPLICED.format(0) + " {}\n " + take + "\n {}\n"
+    write = "memory[i * 178] = 7"
+    changed = contents.script(tmp_path, body.format(write, "pass"))
+    assert changed.counts == {DID: COUNT}
+    first = changed.only("changed-in-flight").first
+    assert first["expected"] == "a queued page does not change until it is read"
+    assert "other content than was queued" in first["seen"]
+    assert contents.script(tmp_path, body.format("pass", write)).counts == {COULD: COUNT}
+
+
+def test_a_gift_that_is_written_to_is_told(contents: Watch, tmp_path: Path) -> None:
+    body = VMSPLICED.format(8) + " {}\n os.read(r, PAGE)\n"
+    assert contents.script(tmp_path, body.format("memory[9] = 7")).counts == {WRITTEN: COUNT}
+    kept = contents.script(tmp_path, body.format("pass"))
+    assert kept.counts == {("gift-still-mapped", ""): COUNT}
+
+
+def test_a_file_that_is_written_before_its_pages_are_read_did_change(
+    contents: Watch, tmp_path: Path
+) -> None:
+    body = SPLICED + " {}\n os.splice(r, output, PAGE)\n {}\n"
+    write = "os.pwrite(source, b'x', i * PAGE + i * 178)"
+    changed = contents.script(tmp_path, body.format(write, "pass"))
+    assert changed.counts == {DID: COUNT}
+    first = changed.only("changed-in-flight").first
+    assert Path(first["file"]).name == "source" and first["page_frame"] > 0
+    assert contents.script(tmp_path, body.format("pass", write)).counts == {}
+
+
+def test_what_was_queued_of_a_page_is_compared_and_nothing_around_it(
+    contents: Watch, tmp_path: Path
+) -> None:
+    """100 bytes at an odd place: those in front and behind may change."""
+    body = (
+        "for i in range(COUNT):\n"
+        " at = i * PAGE + 501 + i\n os.splice(source, w, 100, offset_src=at)\n"
+        " os.pwrite(source, b'x', at {})\n os.pwrite(source, b'y', at {})\n"
+        " os.read(r, PAGE)\n"
+    )
+    assert contents.script(tmp_path, body.format("- 1", "+ 100")).counts == {}
+    inside = contents.script(tmp_path, body.format("- 1", "+ 99"))
+    assert inside.counts == {DID: COUNT}
+
+
+def test_the_rest_of_a_page_is_compared_when_some_of_it_was_read(
+    contents: Watch, tmp_path: Path
+) -> None:
+    """What has been read may change, what has not must not; each page is told once."""
+    body = SPLICED + " os.read(r, 1000)\n {}\n os.read(r, 1000)\n os.read(r, PAGE)\n"
+    read = "os.pwrite(source, b'x', i * PAGE + 999)"
+    assert contents.script(tmp_path, body.format(read)).counts == {}
+    rest = "os.pwrite(source, b'x', i * PAGE + 2000)"
+    assert contents.script(tmp_path, body.format(rest)).counts == {DID: COUNT}
+
+
+def test_pages_that_are_teed_and_sent_into_pipes_are_compared(
+    contents: Watch, tmp_path: Path
+) -> None:
+    body = (
+        "r2, w2 = os.pipe()\nlibc = ctypes.CDLL(None)\n"
+        "for i in range(COUNT):\n os.sendfile(w, source, i * PAGE, PAGE)\n"
+        " assert libc.tee(r, w2, PAGE, 0) == PAGE\n os.read(r, PAGE)\n {}\n os.read(r2, PAGE)\n"
+    )
+    write = "os.pwrite(source, b'x', i * PAGE + 4095)"
+    assert contents.script(tmp_path, body.format(write)).counts == {DID: COUNT}
+    assert contents.script(tmp_path, body.format("pass")).counts == {}
+
+
+def test_all_pages_of_a_large_pipe_are_compared(contents: Watch, tmp_path: Path) -> None:
+    """256 slots: more than one program looks at. Every third page changes."""
+    body = (
+        "import fcntl\nfcntl.fcntl(w, 1031, 256 * PAGE)\n"
+        "os.posix_fallocate(source, 0, 256 * PAGE)\n"
+        "assert os.splice(source, w, 256 * PAGE, offset_src=0) == 256 * PAGE\n"
+        "for i in range({}, 256, 3):\n os.pwrite(source, b'x', i * PAGE)\n"
+        "left = 256 * PAGE\n"
+        "while left:\n left -= os.splice(r, null, left)\n"
+    )
+    assert contents.script(tmp_path, body.format(1)).counts == {DID: 85}
+    assert contents.script(tmp_path, body.format(256)).counts == {}
+
+
+def test_a_ring_that_is_replaced_and_pages_queued_again_raise_no_alarm(
+    contents: Watch, tmp_path: Path
+) -> None:
+    """The same page in the same slot over and over, with other content each time."""
+    body = (
+        "import fcntl\nmemory = mmap.mmap(-1, PAGE)\n"
+        "for i in range(COUNT):\n"
+        " fcntl.fcntl(w, 1031, (16 + i % 2 * 16) * PAGE)\n"
+        " memory[:] = bytes([i]) * PAGE\n vmsplice(memory, 0)\n"
+        " fcntl.fcntl(w, 1031, (16 + i % 3 * 16) * PAGE)\n os.read(r, PAGE)\n"
+    )
+    assert contents.script(tmp_path, body).counts == {COULD: COUNT}
+
+
+@pytest.mark.parametrize("mode", ["splice", "splice-mapped", "vmspliced", "gift", "teed", "memfd"])
+def test_the_pages_of_replies_that_nobody_writes_to_have_not_changed(
+    mode: str, contents: Watch, driver: Driver, ext4: Path
+) -> None:
+    assert serve(contents, driver, ext4, mode).counts == MODES[mode]
+
+
+def test_without_integrity_no_content_is_looked_at(watch: Watch, tmp_path: Path) -> None:
+    body = SPLICED + " os.pwrite(source, b'x', i * PAGE)\n os.splice(r, output, PAGE)\n"
+    assert watch.script(tmp_path, body).counts == {}
+
+
+def test_integrity_takes_every_page(tmp_path: Path) -> None:
+    refused = audit(["true"], "--integrity", "--identity", "sample")
+    assert refused.status == 125
+    assert refused.message == (
+        "rsplice: --integrity looks at every page: leave out --identity sample"
+    )

@@ -7,7 +7,8 @@
 #define SLOTS_AT_ONCE	32 /* of one program; the next goes on */
 #define PROGRAM_BUFFERS 0
 #define PROGRAM_OFFER	1
-BPF_PROG_ARRAY(enter_programs, 2);
+#define PROGRAM_COMPARE 2
+BPF_PROG_ARRAY(enter_programs, 3);
 
 static __always_inline bool is_fuse_device(u64 file)
 {
@@ -146,23 +147,29 @@ int tp_sys_enter(u64 *ctx)
 	inspection->key.via = *entries >> 8 & 0xff;
 	inspection->reply = inspection->published = 0;
 	inspection->next = inspection->total = inspection->folio.first = inspection->folio.span = 0;
-	if (find_pipe(inspection, task, regs, shape))
-		enter_programs.call(ctx, PROGRAM_BUFFERS);
+	if (!find_pipe(inspection, task, regs, shape))
+		return 0;
+#if CONTENTS
+	__builtin_memset(inspection->changed, 0, sizeof(inspection->changed));
+	enter_programs.call(ctx, PROGRAM_COMPARE);
+#endif
+	enter_programs.call(ctx, PROGRAM_BUFFERS);
 	return 0;
 }
 
 /*
  * Buffers that a call does not take after all are met again by the next one. Heads and tails of a
- * pipe only grow, so that the number of a slot tells.
+ * ring only grow, so that the number of a slot tells.
  */
 static __always_inline bool already_judged(struct inspection *inspection, u32 number)
 {
 	u64 key = read64(read64(inspection->source + FILE_INODE) + INODE_INO);
-	u32 next = number + 1, *known = judged.lookup(&key);
+	struct judged *known = judged.lookup(&key);
+	struct judged new = {.bufs = inspection->bufs, .next = number + 1};
 
-	if (known && (s32)(number - *known) < 0)
+	if (known && known->bufs == new.bufs && (s32)(number - (u32)known->next) < 0)
 		return true;
-	judged.update(&key, &next);
+	judged.update(&key, &new);
 	return false;
 }
 
@@ -177,31 +184,41 @@ static __always_inline void find_ends(struct inspection *inspection)
 	inspection->key.destination = end.id;
 }
 
-/* Judges the buffer in slot *number* of the pipe. Returns its length. */
-static __always_inline u32 judge_slot(struct inspection *inspection, struct buffer_classes *classes,
-				      u32 number)
+/* Whether tp_compare has found that the buffer at *next* of the pipe is not what was queued. */
+static __always_inline bool has_changed(struct inspection *inspection, u32 next)
 {
+	return CONTENTS && inspection->changed[next / 32 & (MAX_SLOTS / 32 - 1)] >> next % 32 & 1;
+}
+
+/* Judges the buffer at *next* of the pipe. Returns its length. */
+static __always_inline u32 judge_slot(struct inspection *inspection, struct buffer_classes *classes,
+				      u32 next)
+{
+	u32 number = inspection->tail + next;
 	u64 slot = slot_at(inspection->bufs, number, inspection->mask);
 	u64 operations = read64(slot + BUF_OPS);
-	u32 length = read32(slot + BUF_LEN), class;
+	u32 length = read32(slot + BUF_LEN);
+	struct waiting buffer = {.published = inspection->published};
 
 	/* Others cannot be wrong, and need no look at their pages. */
 	if (operations == classes->operations[CACHE_BUFFER])
-		class = CACHE_BUFFER;
+		buffer.class = CACHE_BUFFER;
 	else if (operations == classes->operations[USER_BUFFER])
-		class = USER_BUFFER;
+		buffer.class = USER_BUFFER;
 	else
 		return length;
 	load_folio(&inspection->folio, read64(slot + BUF_PAGE));
-	inspection->key.name =
-		judge_buffer(class, read32(slot + BUF_FLAGS), inspection->folio.mapping,
-			     inspection->folio.mapped, inspection->published);
-	if (!inspection->key.name || already_judged(inspection, number))
+	buffer.flags = read32(slot + BUF_FLAGS);
+	buffer.mapping = inspection->folio.mapping;
+	buffer.mapped = inspection->folio.mapped;
+	buffer.changed = has_changed(inspection, next);
+	inspection->key.name = judge_buffer(&buffer);
+	/* A change is told once by itself, also of a buffer whose first part has been judged. */
+	if (!inspection->key.name || (already_judged(inspection, number) && !buffer.changed))
 		return length;
-	inspection->key.reason =
-		inspection->key.name == PUBLISHED_WHILE_MAPPED ? OFFERED_BY_LIBRSPLICE : NO_REASON;
+	inspection->key.reason = reason_of(inspection->key.name, buffer.changed);
 	find_ends(inspection);
-	inspection->facts.class = class;
+	inspection->facts.class = buffer.class;
 	load_slot_facts(&inspection->facts, slot);
 	record(&inspection->key, &inspection->facts, 0);
 	return length;
@@ -228,13 +245,85 @@ int tp_buffers(u64 *ctx)
 				enter_programs.call(ctx, PROGRAM_OFFER);
 			return 0;
 		}
-		total += judge_slot(inspection, classes, inspection->tail + next++);
+		total += judge_slot(inspection, classes, next++);
 	}
 	inspection->next = next;
 	inspection->total = total;
 	enter_programs.call(ctx, PROGRAM_BUFFERS);
 	return 0;
 }
+
+#if CONTENTS
+static __always_inline bool can_change(struct buffer_classes *classes, u64 slot)
+{
+	u64 operations = read64(slot + BUF_OPS);
+
+	return operations == classes->operations[CACHE_BUFFER] ||
+	       operations == classes->operations[USER_BUFFER];
+}
+
+/* Compares what waits in the pipe with what was queued, then has it judged. */
+int tp_compare(u64 *ctx)
+{
+	u32 zero = 0, i;
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	struct reading *reading = new_reading();
+
+	if (!inspection || !classes || !reading)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < SLOTS_AT_ONCE; i++) {
+		u32 next = inspection->next, number = inspection->tail + next;
+		u64 slot = slot_at(inspection->bufs, number, inspection->mask);
+
+		if (next >= inspection->slots || inspection->total >= inspection->bytes)
+			goto all;
+		inspection->next++;
+		inspection->total += (u32)read32(slot + BUF_LEN);
+		if (can_change(classes, slot) &&
+		    read_contents(reading, read64(inspection->source + FILE_INODE),
+				  inspection->bufs, inspection->mask, number) &&
+		    have_contents_changed(reading))
+			inspection->changed[next / 32 & (MAX_SLOTS / 32 - 1)] |= 1U << next % 32;
+	}
+	enter_programs.call(ctx, PROGRAM_COMPARE);
+all:
+	inspection->next = inspection->total = 0;
+	enter_programs.call(ctx, PROGRAM_BUFFERS);
+	return 0;
+}
+
+/* Keeps the contents of what the call that ends has queued, the newest buffers first. */
+int tp_contents(u64 *ctx)
+{
+	u32 zero = 0, i;
+	struct inspection *inspection = inspections.lookup(&zero);
+	struct buffer_classes *classes = buffer_classes.lookup(&zero);
+	struct reading *reading = new_reading();
+
+	if (!inspection || !classes || !reading)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < SLOTS_AT_ONCE; i++) {
+		u32 number = inspection->tail + inspection->slots - 1 - inspection->next;
+		u64 slot = slot_at(inspection->bufs, number, inspection->mask);
+
+		if (inspection->next >= inspection->slots || inspection->total >= inspection->bytes)
+			goto all;
+		inspection->next++;
+		inspection->total += (u32)read32(slot + BUF_LEN);
+		if (can_change(classes, slot) &&
+		    read_contents(reading, inspection->destination, inspection->bufs,
+				  inspection->mask, number))
+			keep_contents(reading);
+	}
+	exit_programs.call(ctx, PROGRAM_CONTENTS);
+all:
+	exit_programs.call(ctx, PROGRAM_WALK);
+	return 0;
+}
+#endif
 
 /* Keeps what a FUSE server offers, until the request that it answers ends. */
 int tp_offer(u64 *ctx)

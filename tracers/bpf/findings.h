@@ -208,11 +208,12 @@ struct inspection {
 	u32 mask;
 	u32 tail;
 	u32 slots;
-	u32 next;	/* slot that is looked at, from the tail */
-	u32 reply;	/* goes to a FUSE device, and may be moved */
-	u32 published;	/* by librsplice, which offers it for a move */
-	u32 last;	/* thread of a process that ends */
-	u32 descriptor; /* of a process that ends: the next one */
+	u32 next;		     /* slot that is looked at, from the tail */
+	u32 reply;		     /* goes to a FUSE device, and may be moved */
+	u32 published;		     /* by librsplice, which offers it for a move */
+	u32 last;		     /* thread of a process that ends */
+	u32 descriptor;		     /* of a process that ends: the next one */
+	u32 changed[MAX_SLOTS / 32]; /* bits: slots whose contents are not what was queued */
 	struct folio folio;
 	struct facts facts;
 };
@@ -232,5 +233,9 @@ static __always_inline void inspect_pipe(struct inspection *inspection, u64 pipe
  * How far each pipe's buffers have been judged, by the number of its inode, which is not used
  * again as kernel memory is: some are looked at twice and must count once.
  */
-BPF_TABLE("lru_hash", u64, u32, judged, 1024);
+struct judged {
+	u64 bufs; /* the ring: fcntl(F_SETPIPE_SZ) replaces it, and begins anew (fs/pipe.c) */
+	u64 next;
+};
+BPF_TABLE("lru_hash", u64, struct judged, judged, 1024);
 #endif

@@ -43,6 +43,9 @@ enum reason {
 	A_NOTIFICATION,
 	NEVER_MOVES,
 	OFFERED_BY_LIBRSPLICE,
+	COULD_CHANGE,
+	DID_CHANGE,
+	WRITTEN_LATER,
 	UNEXPLAINED,
 };
 
@@ -75,29 +78,48 @@ static inline __attribute__((always_inline)) int is_cache_page(unsigned long lon
 	return mapping && !(mapping & 3); /* include/linux/page-flags.h: anonymous, KSM, movable */
 }
 
-/*
- * What is wrong with a buffer that waits in a pipe.
- *
- * @published: librsplice offers it for a move (SPLICE_F_MOVE), and so must have unmapped it:
- * nobody else refers to what it publishes. Others' gifts may be mapped; the kernel moves none.
- */
-static inline __attribute__((always_inline)) unsigned int judge_buffer(unsigned int class,
-								       unsigned int flags,
-								       unsigned long long mapping,
-								       int mapped, int published)
+/* A buffer that waits in a pipe, and is about to be consumed. */
+struct waiting {
+	unsigned int class;
+	unsigned int flags;
+	unsigned long long mapping; /* of its folio */
+	int mapped;		    /* in some page table */
+	int published; /* librsplice offers it for a move (SPLICE_F_MOVE), and so has unmapped it */
+	int changed;   /* its content is not what was queued, which is looked at on request */
+};
+
+/* What is wrong with it. */
+static inline __attribute__((always_inline)) unsigned int judge_buffer(struct waiting *buffer)
 {
-	if (class == CACHE_BUFFER) {
+	if (buffer->class == CACHE_BUFFER) {
 		/* copy_page_to_iter_pipe() and push_pipe(), lib/iov_iter.c before 5.17 */
-		if (flags & PIPE_BUF_FLAG_CAN_MERGE)
+		if (buffer->flags & PIPE_BUF_FLAG_CAN_MERGE)
 			return MERGE_FLAG_ON_PAGE_CACHE;
 		/* truncate_inode_folio(), invalidate_complete_folio2(), __remove_mapping() */
-		return mapping ? NO_FINDING : TRUNCATED_IN_FLIGHT;
+		if (!buffer->mapping)
+			return TRUNCATED_IN_FLIGHT;
+		return buffer->changed ? CHANGED_IN_FLIGHT : NO_FINDING;
 	}
-	if (class != USER_BUFFER || !mapped)
+	if (buffer->class != USER_BUFFER || (!buffer->mapped && !buffer->changed))
 		return NO_FINDING;
-	if (!(flags & PIPE_BUF_FLAG_GIFT))
+	if (!(buffer->flags & PIPE_BUF_FLAG_GIFT))
 		return CHANGED_IN_FLIGHT;
-	return published ? PUBLISHED_WHILE_MAPPED : GIFT_STILL_MAPPED;
+	/* Others' gifts may be mapped: they promise nothing, and the kernel moves none. */
+	return buffer->published && buffer->mapped ? PUBLISHED_WHILE_MAPPED : GIFT_STILL_MAPPED;
+}
+
+/* What the finding's name leaves open. */
+static inline __attribute__((always_inline)) unsigned int reason_of(unsigned int name, int changed)
+{
+	switch (name) {
+	case CHANGED_IN_FLIGHT:
+		return changed ? DID_CHANGE : COULD_CHANGE;
+	case GIFT_STILL_MAPPED:
+		return changed ? WRITTEN_LATER : NO_REASON;
+	case PUBLISHED_WHILE_MAPPED:
+		return OFFERED_BY_LIBRSPLICE;
+	}
+	return NO_REASON;
 }
 
 /* A page whose only reference, beside that of the page cache, is the buffer's. */

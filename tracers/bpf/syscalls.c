@@ -99,7 +99,8 @@ static __always_inline u64 room_of(u64 address)
 #define PROGRAM_WALK	     2
 #define PROGRAM_NOTIFICATION 3
 #define PROGRAM_REPLY_END    4
-BPF_PROG_ARRAY(exit_programs, 5);
+#define PROGRAM_CONTENTS     5
+BPF_PROG_ARRAY(exit_programs, 6);
 #define MESSAGES_COUNTED (1ULL << 63)
 
 /* sendmmsg and recvmmsg return messages: adds up msg_len of each struct mmsghdr (64 bytes). */
@@ -439,6 +440,23 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 	prepare_internal(walk, call, task, position);
 }
 
+#if CONTENTS
+/* The pipe that the call has queued buffers in, for tp_contents. False if there is none. */
+static __always_inline bool prepare_contents(struct call *call)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!inspection || !END_IS_PIPE(call->destination.id))
+		return false;
+	inspect_pipe(inspection, pipe_of(call->destination.file));
+	inspection->destination = call->destination.inode;
+	inspection->bytes = call->bytes;
+	inspection->next = inspection->total = 0;
+	return true;
+}
+#endif
+
 /* Hands over to tp_walk, or returns where there is nothing to see. */
 static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struct call *call,
 				  struct key *key, struct tally *tally)
@@ -449,8 +467,13 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 		return;
 	prepare(walk, task, regs, shape, call, key, tally);
 	walk->key = *key;
-	if (walk->verdict != NO_WALK)
-		exit_programs.call(ctx, PROGRAM_WALK);
+	if (walk->verdict == NO_WALK)
+		return;
+#if CONTENTS
+	if (prepare_contents(call))
+		exit_programs.call(ctx, PROGRAM_CONTENTS);
+#endif
+	exit_programs.call(ctx, PROGRAM_WALK);
 }
 
 /* Walks the ring that a program before it prepared. For sys_exit and for io_uring_complete. */
