@@ -6,7 +6,7 @@
 # make fuzz    ten minutes of random calls and faults (FUZZ_SECONDS)
 BIN := .venv/bin
 C_FILES := $(wildcard csrc/*.[ch] csrc/workloads/*.[ch] tests/c/*.[ch] tests/drivers/*.[ch] \
-	benchmarks/*.[ch])
+	benchmarks/*.[ch] rsplice/kernel/*.[ch])
 CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	--inline-suppr --error-exitcode=1
 BPF_FILES := $(wildcard tracers/bpf/*.[ch] tests/bpf/*.[ch])

@@ -34,6 +34,8 @@ TEST_PACKAGES="
     bpftool strace curl nginx-light|nginx rsync socat tar tmux zstd debian-archive-keyring
     cmake meson ninja-build cargo golang-go fio
 "
+# What "rsplice kernel" boots other kernels with; an audit of the running one needs none of them.
+KERNEL_PACKAGES="qemu-system-x86 kmod e2fsprogs zstd debian-archive-keyring"
 BENCH_PACKAGES="bpftrace linux-perf|linux-tools-generic wrk"
 
 say() {
@@ -178,7 +180,7 @@ system_packages() {
     install_packages needed $RUN_PACKAGES
     case $1 in
     run) install_packages useful $BUILD_PACKAGES ;;
-    test) install_packages useful $BUILD_PACKAGES $TEST_PACKAGES ;;
+    test) install_packages useful $BUILD_PACKAGES $TEST_PACKAGES $KERNEL_PACKAGES ;;
     bench) install_packages useful $BUILD_PACKAGES $TEST_PACKAGES $BENCH_PACKAGES ;;
     esac
 }

@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "show a recording again, with no privileges",
     "verify": "compare cached pages with what is on disk",
     "workload": "list or run the built-in workloads",
+    "kernel": "run a command on another kernel, in a VM",
     "diff": "say what changed between two audits",
 }
 _INTERRUPTED = 130

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import stat
 import struct
 import tempfile
 from contextlib import suppress
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rsplice.caches import directory as _directory
+from rsplice.caches import mine as _mine
 from rsplice.errors import RspliceError
 
 _HEADERS = Path(__file__).resolve().parent / "headers"
@@ -158,19 +159,6 @@ def _key(text: str, bcc: Path) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def _directory() -> Path:
-    """Root's is the system's, since HOME may be that of another under sudo."""
-    if os.geteuid() == 0:
-        return Path("/var/cache/rsplice")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "rsplice"
-
-
-def _mine(status: os.stat_result) -> bool:
-    """Whether nobody else can have written it."""
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def _read(path: Path) -> Compiled | None:
     """None where there is nothing of the kind that can be trusted."""
     try:
@@ -205,7 +193,7 @@ def _write(path: Path, found: Compiled) -> None:
         except OSError:
             os.unlink(name)
             raise
-        files = sorted(path.parent.iterdir(), key=lambda each: each.stat().st_mtime)
+        files = sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
         for old in files[:-_KEPT]:
             old.unlink()
 
