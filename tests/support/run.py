@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,7 @@ class Running:
 
     :param command: what is audited, [] with ``-p`` among the options
     :param launcher: what is put in front of rsplice, such as unshare(1)
+    :param violations: the violations that the audit may report; a sound kernel has none
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class Running:
         stdin: File = subprocess.DEVNULL,
         stdout: File = subprocess.PIPE,
         env: dict[str, str] | None = None,
+        violations: Collection[str] = (),
     ) -> None:
+        self._violations = frozenset(violations)
         handle, name = tempfile.mkstemp(suffix=".json")
         os.close(handle)
         self.report = Path(name)
@@ -152,7 +155,11 @@ class Running:
         return self.process.pid
 
     def finish(self) -> Result:
-        """Waits for the end and reads the report."""
+        """Waits for the end and reads the report.
+
+        AssertionError if it has a violation that was not expected: each audit of a program is a
+        test for false alarms.
+        """
         try:
             stdout, stderr = self.process.communicate(timeout=DEADLINE)
         except subprocess.TimeoutExpired:
@@ -162,11 +169,15 @@ class Running:
             _unfinished[:] = [running for running in _unfinished if running is not self]
             text = self.report.read_text()
             self.report.unlink()
+        document = json.loads(text) if text else None
+        findings = document["findings"] if document else []
+        alarms = [f for f in findings if f["kind"] == "violation"]
+        assert {f["name"] for f in alarms} <= self._violations, alarms
         return Result(
             self.process.returncode,
             stdout or b"",
             stderr.decode(errors="surrogateescape"),
-            json.loads(text) if text else None,
+            document,
         )
 
     def kill(self) -> None:
