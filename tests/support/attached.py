@@ -79,7 +79,8 @@ def wait_for_command(pid: int, comm: str) -> int:
     """The pid of the audited command *comm*, a descendant of rsplice, once it has been exec'd."""
     until = time.monotonic() + _SECONDS
     while time.monotonic() < until:
-        for child in descendants_of(pid):
+        # The eldest: a shell's child has the shell's name until it runs something else.
+        for child in reversed(descendants_of(pid)):
             if _comm(child) == comm:
                 return child
         time.sleep(0.02)
