@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     limits = [parse_limit(text) for text in args.fail_on]
     journey = journeys.request(args)
     files = (args.json, args.html, args.text, args.journey_json, args.junit)
+    if files.count("-") > 1:
+        raise RspliceError("only one report can go to standard output")
     for path in (*files, ci.summary_file(args)):
         _check_writable(path)
     begun = time.monotonic()

@@ -63,6 +63,13 @@ def test_junit_on_standard_output_is_one_document() -> None:
     assert done.stderr == b""
 
 
+def test_two_reports_on_standard_output_are_a_mistake(tmp_path: Path) -> None:
+    result = audit(["touch", tmp_path / "ran"], "--json", "-", "--junit", "-")
+    assert result.status == 125
+    assert "only one report" in result.message
+    assert not (tmp_path / "ran").exists()
+
+
 def test_junit_that_cannot_be_written_is_found_out_before_the_command_runs(tmp_path: Path) -> None:
     result = audit(["touch", tmp_path / "ran"], "--junit", str(tmp_path / "absent" / "x.xml"))
     assert result.status == 125
