@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -60,19 +61,22 @@ def _children(pid: int) -> list[int]:
 
 
 def wait_until_attached(pid: int) -> None:
-    """Returns when rsplice, process *pid*, holds programs and has taken no more for half a second.
+    """Returns when the audit, process *pid*, has attached all and is ready for a signal.
 
-    AssertionError if it ends before.
+    It catches SIGTERM from then on, which /proc shows. AssertionError if it ends before.
     """
     until = time.monotonic() + _SECONDS
-    held: list[str] = []
-    since = time.monotonic()
-    while not held or time.monotonic() - since < 0.5:
-        assert time.monotonic() < until, "the audit attached nothing"
-        now = descriptors_of(pid)
-        if now != held:
-            held, since = now, time.monotonic()
-        time.sleep(0.05)
+    while not _catches(pid, signal.SIGTERM):
+        assert time.monotonic() < until, "the audit is not ready"
+        time.sleep(0.02)
+    assert descriptors_of(pid), "the audit attached nothing"
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.M)
+    assert caught and "State:\tZ" not in status, f"process {pid} has ended"
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def wait_for_command(pid: int, comm: str) -> int:
