@@ -6,6 +6,7 @@ The text that decides runs in the kernel; here it is compiled as a library of th
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from cffi import FFI
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rsplice.limits import FINDINGS
 from rsplice.tracers import findings, program
@@ -39,6 +42,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) 
         "unsigned published(struct facts *b, struct facts *n, int e)"
         " { return judge_published(b, n, e); }\n"
         "unsigned fragment(unsigned long long m, unsigned f) { return judge_fragment(m, f); }\n"
+        "unsigned tail(unsigned long long *w) { return judge_tail(w); }\n"
     )
     library = folder / "judge.so"
     options = ["-Wall", "-Werror", "-shared", "-fPIC"]
@@ -52,7 +56,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) 
         "unsigned buffer(struct waiting *); unsigned reason(unsigned, int);"
         "unsigned refused(struct facts *);"
         "unsigned published(struct facts *, struct facts *, int);"
-        "unsigned fragment(unsigned long long, unsigned);"
+        "unsigned fragment(unsigned long long, unsigned); unsigned tail(unsigned long long *);"
     )
     functions: Any = ffi.dlopen(str(library))
 
@@ -201,6 +205,21 @@ def test_pages_that_were_moved(
 )
 def test_fragments_of_packets(judge: Any, mapping: int, flags: int, name: str) -> None:
     assert NAMES[judge.library.fragment(mapping, flags)] == name
+
+
+@given(st.binary(min_size=64, max_size=64) | st.just(bytes(64)))
+def test_what_lies_behind_what_was_filled_is_zero_or_stale(judge: Any, tail: bytes) -> None:
+    words = struct.unpack("=8Q", tail)
+    name = NAMES[judge.library.tail(list(words))]
+    assert name == ("stale-content-exposed" if tail.strip(b"\0") else "")
+
+
+@pytest.mark.parametrize("at", range(64))
+def test_a_single_byte_that_was_left_is_seen(judge: Any, at: int) -> None:
+    left = bytearray(64)
+    left[at] = 1
+    words = list(struct.unpack("=8Q", left))
+    assert NAMES[judge.library.tail(words)] == "stale-content-exposed"
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rsplice.audit import MissingProbe
 from rsplice.tracers.findings import LEARNED, frame_of, one
 from rsplice.tracers.program import BpfError, Program
 
-COST = "whether queued pages did change is not known"
+COST = "what is in pages is not looked at"
 
 _PAGE = 4096
 # bpf/learn.c

@@ -29,6 +29,7 @@ NAMES = (
     "", "steal-refused", "gift-still-mapped", "truncated-in-flight", "changed-in-flight",
     "stranded", "merge-flag-on-page-cache", "shared-frag-lost", "published-while-mapped",
     "published-while-referenced", "published-activated", "double-owner", "leaked",
+    "stale-content-exposed",
 )  # fmt: skip
 CLASSES = ("anonymous", "page cache", "user memory", "filled for splice", "no-steal")
 _USER_CLASS = CLASSES.index("user memory")
@@ -222,6 +223,11 @@ _VIOLATIONS = {
         "what a call of librsplice has reserved is published or aborted before its thread exits",
         "A way out of the call forgets its pages: publish or abort on every one of them.",
     ),
+    "stale-content-exposed": Meaning(
+        "violation",
+        "what lies behind the bytes that a page was filled with is zero",
+        "Others can read what is left in the page: clear the rest of it before it is published.",
+    ),
 }
 _MEANINGS = _HAZARDS | _VIOLATIONS
 
@@ -314,6 +320,8 @@ class Findings:
         """The state of the page, in words."""
         if name == "leaked":
             return f"{page.length} bytes reserved, neither published nor aborted"
+        if name == "stale-content-exposed":
+            return f"bytes behind the first {page.offset} of the page are not zero"
         if page.kind >= len(CLASSES):
             return "the page was copied"
         parts = [f"{CLASSES[page.kind]} buffer of {page.length} bytes at {page.offset}"]

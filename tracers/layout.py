@@ -160,6 +160,11 @@ FIELDS: list[Field] = [
         FUSE_ARGS_PAGES fuse_args_pages.folios | fuse_args_pages.pages
         FUSE_FILE_FLAGS fuse_file.open_flags
         FUSE_ARGS_NR fuse_args_pages.num_folios | fuse_args_pages.num_pages
+        FUSE_ARGS_DESCS fuse_args_pages.descs
+        FUSE_DESC_LENGTH fuse_folio_desc.length | fuse_page_desc.length
+        FUSE_DESC_OFFSET fuse_folio_desc.offset | fuse_page_desc.offset
+        FUSE_REPLY_LENGTH fuse_req.out.h.len
+        FUSE_REPLY_ERROR fuse_req.out.h.error
         """,
     ),
     *_fields(
@@ -188,6 +193,7 @@ FIELDS: list[Field] = [
         FILE_REF file.f_ref | file.f_count
         PAGE_INDEX folio.index | page.index
         MAPPING_HOST address_space.host
+        INODE_MAPPING inode.i_mapping
         INODE_INO inode.i_ino
         INODE_DENTRY inode.i_dentry.first
         SB_DEV super_block.s_dev

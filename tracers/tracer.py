@@ -116,6 +116,7 @@ TAILS = (
     Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
     Tail("exit_task_programs", 1, "tp_leaked", "sched_process_exit", "leaked pages are not seen"),
     Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
+    Tail("fuse_programs", 1, "tp_fuse_tail", "fuse_request_end", contents.COST),
     Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )
 

@@ -135,6 +135,35 @@ static void give(int mapped, int in_call)
 	}
 }
 
+/*
+ * Calls that each fill SHORT bytes of a file in memory, behind which something is left in the page:
+ * by the call, by somebody else before it, or by nobody.
+ */
+static void fill(int in_call, int left)
+{
+	int64_t i;
+
+	for (i = 1; i <= count; i++) {
+		int fd = memfd_create("short", 0);
+		char *page;
+
+		require(fd >= 0, "memfd_create");
+		if (in_call)
+			rsplice_probe_reserve(i, 0, fd, PAGE);
+		require(!ftruncate(fd, SHORT), "ftruncate");
+		page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		require(page != MAP_FAILED, "mmap");
+		memset(page, 'f', SHORT);
+		if (left)
+			page[SHORT + i * 131 % (PAGE - SHORT)] = 'l';
+		if (!in_call)
+			rsplice_probe_reserve(i, 0, fd, PAGE);
+		rsplice_probe_publish(i, SHORT, 0, 0, 0, 0);
+		munmap(page, PAGE);
+		close(fd);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	const char *mode = argc == 3 ? argv[1] : "";
@@ -158,6 +187,12 @@ int main(int argc, char **argv)
 		give(0, 1);
 	else if (!strcmp(mode, "mapped-outside"))
 		give(1, 0);
+	else if (!strcmp(mode, "stale"))
+		fill(1, 1);
+	else if (!strcmp(mode, "clean"))
+		fill(1, 0);
+	else if (!strcmp(mode, "stale-before"))
+		fill(0, 1);
 	else
 		return 2;
 	return 0;

@@ -377,6 +377,14 @@ def test_the_pages_of_replies_that_nobody_writes_to_have_not_changed(
     assert serve(contents, driver, ext4, mode).counts == MODES[mode]
 
 
+@pytest.mark.parametrize("mode", ["splice", "splice-copy", "write", "direct-io"])
+def test_the_kernel_clears_what_lies_behind_a_short_reply(
+    mode: str, contents: Watch, driver: Driver, ext4: Path
+) -> None:
+    seen = serve(contents, driver, ext4, mode, tail=101)
+    assert "stale-content-exposed" not in {name for name, _ in seen.counts}
+
+
 def test_without_integrity_no_content_is_looked_at(watch: Watch, tmp_path: Path) -> None:
     body = SPLICED + " os.pwrite(source, b'x', i * PAGE)\n os.splice(r, output, PAGE)\n"
     assert watch.script(tmp_path, body).counts == {}

@@ -59,6 +59,35 @@ def test_each_broken_promise_is_told_and_no_kept_one(
     assert watch.run(program, mode, COUNT).counts == MODES[mode]
 
 
+@pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
+def contents(request: pytest.FixtureRequest, program: Path) -> Iterator[Watch]:
+    watch = Watch(request.param, files=usdt.find([str(program)]), integrity=True)
+    assert watch.tracer.missing == []
+    yield watch
+    watch.tracer.close()
+
+
+@pytest.mark.parametrize(("mode", "count"), [("stale", COUNT), ("clean", 0), ("stale-before", 0)])
+def test_what_a_short_fill_leaves_in_its_page_is_told(
+    mode: str, count: int, contents: Watch, program: Path
+) -> None:
+    """Not what was in the file before the call."""
+    seen = contents.run(program, mode, COUNT)
+    assert seen.counts == ({("stale-content-exposed", ""): count} if count else {})
+    if not count:
+        return
+    finding = seen.only("stale-content-exposed")
+    assert finding.kind == "violation"
+    assert finding.first["operation"] == "user memory -> memfd via rsplice"
+    assert finding.first["seen"] == "bytes behind the first 1001 of the page are not zero"
+    assert finding.first["file"] == "memfd:short" and finding.first["file_offset"] == 0
+    assert finding.first["page_frame"] > 0
+
+
+def test_without_integrity_nobody_looks_behind_what_was_filled(watch: Watch, program: Path) -> None:
+    assert watch.run(program, "stale", COUNT).counts == {}
+
+
 def test_a_process_that_is_killed_in_its_calls_leaks_nothing(watch: Watch, program: Path) -> None:
     """The kernel frees what it had."""
     assert watch.run(program, "killed", COUNT, status=128 + signal.SIGKILL).counts == {}

@@ -44,6 +44,18 @@ DEFINE_READ(32)
 DEFINE_READ(16)
 DEFINE_READ(8)
 
+/* For programs that are no tracing programs, and so never have the faster reads. */
+#define DEFINE_SLOW(bits)                                                                          \
+	static __always_inline u64 slow##bits(u64 address)                                         \
+	{                                                                                          \
+		u##bits value = 0;                                                                 \
+		read_kernel(&value, sizeof(value), (void *)address);                               \
+		return value;                                                                      \
+	}
+DEFINE_SLOW(64)
+DEFINE_SLOW(32)
+DEFINE_SLOW(8)
+
 /* Argument n of a raw tracepoint, n a constant. */
 static __always_inline u64 tracepoint_arg(u64 *ctx, const int n)
 {

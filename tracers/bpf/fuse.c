@@ -48,7 +48,9 @@ struct reply {
 	struct facts now;
 };
 BPF_TABLE("percpu_array", u32, struct reply, replies, 1);
-BPF_PROG_ARRAY(fuse_programs, 1);
+#define PROGRAM_JUDGE 0
+#define PROGRAM_TAIL  1
+BPF_PROG_ARRAY(fuse_programs, 2);
 #define MAX_STEPS 24 /* of one program; the next goes on */
 
 static __always_inline bool is_direct_io(u64 folio)
@@ -200,7 +202,7 @@ int tp_fuse_judge(u64 *ctx)
 			return 0;
 		}
 	}
-	fuse_programs.call(ctx, 0);
+	fuse_programs.call(ctx, PROGRAM_JUDGE);
 	count_lost(LOST_FINDING);
 	return 0;
 }
@@ -228,8 +230,58 @@ static __always_inline void judge_reply(u64 *ctx, u64 request, u64 array, u64 nr
 	if (kept->slots[0].length < FUSE_OUT_HEADER)
 		reply->left = 0; /* a header in pieces: what follows is unexplained */
 	reply->slot = 1;
-	fuse_programs.call(ctx, 0);
+	fuse_programs.call(ctx, PROGRAM_JUDGE);
 }
+
+#if CONTENTS
+/* Looks at the page that a READ's reply ends in, or begins with where it ends with a page. */
+static __always_inline void look_at_reply(u64 request, u64 array, u64 nr)
+{
+	u64 descs = read64(read64(request + FUSE_REQ_ARGS) + FUSE_ARGS_DESCS), folio, address;
+	u32 zero = 0, i, at;
+	struct reply *reply = replies.lookup(&zero);
+
+	if (!reply || (u32)read32(request + FUSE_REPLY_ERROR) || is_direct_io(read64(array)))
+		return;
+	reply->payload = (u32)read32(request + FUSE_REPLY_LENGTH) - FUSE_OUT_HEADER;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < MAX_FUSE_PAGES; i++) {
+		u32 length = read32(descs + i * 8 + FUSE_DESC_LENGTH);
+
+		if (i >= nr)
+			return;
+		reply->folio = i;
+		if (reply->payload < length)
+			break;
+		reply->payload -= length;
+	}
+	at = reply->payload + (u32)read32(descs + reply->folio * 8 + FUSE_DESC_OFFSET);
+	folio = read64(array + reply->folio * 8) + (at >> 12) * PAGE_SIZE_OF;
+	address = address_of(folio);
+	if (!address || !judge_page_tail(address, at & 4095))
+		return;
+	__builtin_memset(&reply->key, 0, sizeof(reply->key));
+	reply->key.process = current_process();
+	reply->key.source = END_USER;
+	reply->key.destination = END_FUSE_DEVICE;
+	reply->key.via = VIA_FUSE_REPLY;
+	reply->key.name = STALE_CONTENT_EXPOSED;
+	load_page_facts(&reply->now, folio);
+	reply->now.class = NR_CLASSES;
+	reply->now.offset = at & 4095;
+	record(&reply->key, &reply->now, 0);
+}
+
+int tp_fuse_tail(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 0), array = 0, nr = pages_waiting(request, &array);
+
+	look_at_reply(request, array, nr);
+	judge_reply(ctx, request, array, nr);
+	fuse_reads.delete(&request);
+	return 0;
+}
+#endif
 
 static __always_inline void note_end(void)
 {
@@ -299,6 +351,9 @@ int tp_fuse_request_end(u64 *ctx)
 	/* Not added up: a reply that failed, or without payload, is never asked about. */
 	note->fuse_bytes = moved;
 	note->fuse_pages = nr;
+#if CONTENTS
+	fuse_programs.call(ctx, PROGRAM_TAIL);
+#endif
 #if FINDINGS
 	judge_reply(ctx, request, array, nr);
 #endif

@@ -19,6 +19,7 @@ enum finding_name {
 	PUBLISHED_ACTIVATED,
 	DOUBLE_OWNER,
 	LEAKED,
+	STALE_CONTENT_EXPOSED,
 };
 
 /* Why a page was not moved, or what else tells findings of one name apart; as in findings.py. */
@@ -197,4 +198,21 @@ static inline __attribute__((always_inline)) unsigned int judge_fragment(unsigne
 {
 	return is_cache_page(mapping) && !(packet_flags & SHARED_FRAG) ? SHARED_FRAG_LOST
 								       : NO_FINDING;
+}
+
+/*
+ * What lies behind the bytes that a page was filled with, some of it at a time. It was cleared
+ * (fuse_copy_folio(), fs/fuse/dev.c; shmem_get_folio_gfp(), mm/shmem.c), or is of another owner.
+ */
+#define TAIL_BYTES 64
+#define TAIL_WORDS (TAIL_BYTES / 8)
+static inline __attribute__((always_inline)) unsigned int
+judge_tail(const unsigned long long *words)
+{
+	unsigned long long set = 0;
+	int i;
+
+	for (i = 0; i < TAIL_WORDS; i++)
+		set |= words[i];
+	return set ? STALE_CONTENT_EXPOSED : NO_FINDING;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Run by findings.py alone, before anything is attached, on pipes of its own: tells the addresses
- * that no file shows. Always by bpf_probe_read_kernel(): it is not loaded as a tracing program.
+ * that no file shows.
  */
 #if FINDINGS
 struct learned {
@@ -10,14 +10,6 @@ struct learned {
 	u64 ring; /* the array of slots, which lies in the direct map */
 };
 BPF_ARRAY(learned, struct learned, NR_CLASSES);
-
-static __always_inline u64 slow64(u64 address)
-{
-	u64 value = 0;
-
-	read_kernel(&value, sizeof(value), (void *)address);
-	return value;
-}
 
 /* Arguments: the descriptor of a pipe, and which class of buffer its first slot holds. */
 int learn_buffer(u64 *ctx)

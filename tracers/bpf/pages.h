@@ -186,26 +186,31 @@ static __always_inline u32 pages_spanned(u64 end, u64 bytes)
 
 #if HAVE_EXTENTS
 /* The page cache's entry at *index*: xas_load() (lib/xarray.c). 0 if there is none. */
-static __always_inline u64 cached_page(u64 mapping, u64 index)
-{
-	u64 entry = read64(mapping + MAPPING_XA_HEAD);
-	int level;
-
-#pragma clang loop unroll(disable)
-	for (level = 0; level < 11; level++) {
-		u64 node = entry - 2, shift;
-
-		if ((entry & 3) != 2 || entry <= 4096)
-			break;
-		shift = read8(node + XA_SHIFT);
-		if (level == 0 && index >> shift > 63)
-			return 0;
-		entry = read64(node + XA_SLOTS + (index >> (shift & 63) & 63) * 8);
-		if ((entry & 3) == 2 && entry < 256) /* a sibling: the slot of the head */
-			entry = read64(node + XA_SLOTS + (entry >> 2) * 8);
+#define DEFINE_CACHED_PAGE(name, load64, load8)                                                    \
+	static __always_inline u64 name(u64 mapping, u64 index)                                    \
+	{                                                                                          \
+		u64 entry = load64(mapping + MAPPING_XA_HEAD);                                     \
+		int level;                                                                         \
+                                                                                                   \
+		_Pragma("clang loop unroll(disable)") for (level = 0; level < 11; level++)         \
+		{                                                                                  \
+			u64 node = entry - 2, shift;                                               \
+                                                                                                   \
+			if ((entry & 3) != 2 || entry <= 4096)                                     \
+				break;                                                             \
+			shift = load8(node + XA_SHIFT);                                            \
+			if (level == 0 && index >> shift > 63)                                     \
+				return 0;                                                          \
+			entry = load64(node + XA_SLOTS + (index >> (shift & 63) & 63) * 8);        \
+			/* A sibling: the slot of the head. */                                     \
+			if ((entry & 3) == 2 && entry < 256)                                       \
+				entry = load64(node + XA_SLOTS + (entry >> 2) * 8);                \
+		}                                                                                  \
+		/* Values are shadows of evicted pages. */                                         \
+		return entry & 1 ? 0 : entry;                                                      \
 	}
-	return entry & 1 ? 0 : entry; /* values are shadows of evicted pages */
-}
+DEFINE_CACHED_PAGE(cached_page, read64, read8)
+DEFINE_CACHED_PAGE(slow_cached_page, slow64, slow8)
 #endif
 
 static __always_inline void clamp_add(u64 *to, u64 bytes, u64 limit)

@@ -106,6 +106,9 @@ static __always_inline void open_call(u64 process, u64 *values)
 	inside->bytes += reserved;
 	inside->in = values[1];
 	inside->out = values[2];
+#if CONTENTS
+	inside->size = tmpfs_size(inside->out);
+#endif
 }
 
 /* An abort of part of what was reserved ends no call: the rest is published. */
@@ -130,6 +133,17 @@ static __always_inline void close_call(u64 process, u64 id, u64 aborted)
 	else
 		usdt_inside.delete(&tid);
 }
+
+#if CONTENTS
+static __always_inline void publish_tail(u64 process)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct inside *inside = usdt_inside.lookup(&tid);
+
+	if (inside && inside->process == process)
+		look_at_tail(process, inside);
+}
+#endif
 
 /* Adds nr_bytes of the arguments, from the first on. Loops: code written out takes long to compile.
  */
@@ -180,6 +194,10 @@ int usdt_mark(u64 *ctx)
 	}
 	if (key.mark == MARK_FILL || key.mark == MARK_FALLBACK)
 		key.detail = values[2] & 0xff;
+#if CONTENTS
+	if (key.mark == MARK_PUBLISH)
+		publish_tail(process);
+#endif
 	if (key.mark == MARK_PUBLISH || key.mark == MARK_ABORT)
 		close_call(process, values[0], key.mark == MARK_PUBLISH ? ~0ULL : values[1]);
 	add_mark(&key, values, first, key.mark == MARK_PUBLISH ? 5 : 1);

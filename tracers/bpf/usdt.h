@@ -13,6 +13,7 @@ struct inside {
 	u64 process;
 	u64 depth; /* calls that are open: a batch opens several */
 	u64 bytes; /* that they reserved */
+	u64 size;  /* of the file that the last one fills, as it began */
 	u32 in;	   /* descriptors of the last one */
 	u32 out;
 };
