@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """rsplice: how many bytes a program's "zero-copy" path really copies, and why.
 
-The names below are of librsplice (rsplice(3)); they are loaded when they are first used.
+trace() is of rsplice.tracing (docs/python.md), the other names are of librsplice (rsplice(3)). They
+are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rsplice.errors import RspliceError
     from rsplice.library import (
         F_MORE,
         F_NONBLOCK,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         pending,
         rsplice,
     )
+    from rsplice.tracing import Trace, trace
 
 __all__ = [
     "F_MORE",
@@ -42,16 +45,23 @@ __all__ = [
     "WHY_SLOTS",
     "WHY_SOCKET",
     "Result",
+    "RspliceError",
+    "Trace",
     "discard",
     "pending",
     "rsplice",
+    "trace",
 ]
+
+#: Where a name is, if not in rsplice.library.
+_MODULES = {"RspliceError": "errors", "Trace": "tracing", "trace": "tracing"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rsplice import library
+    from importlib import import_module
 
-    value = globals()[name] = getattr(library, name)
+    module = import_module(f"rsplice.{_MODULES.get(name, 'library')}")
+    value = globals()[name] = getattr(module, name)
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 from rsplice.journey import Journeys
 
@@ -109,6 +109,54 @@ class Path:
         return f"{self.source} -> {self.destination} via {self.via}"
 
     @property
+    def payload_bytes(self) -> int:
+        return self.counts.payload_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        return self.counts.copy_bytes
+
+    @property
+    def avoided_bytes(self) -> int:
+        return self.counts.avoided_bytes
+
+    @property
+    def copied(self) -> int:
+        return self.counts.copied
+
+    @property
+    def shared(self) -> int:
+        return self.counts.shared
+
+    @property
+    def moved(self) -> int:
+        return self.counts.moved
+
+    @property
+    def direct(self) -> int:
+        return self.counts.direct
+
+    @property
+    def remapped(self) -> int:
+        return self.counts.remapped
+
+    @property
+    def discarded(self) -> int:
+        return self.counts.discarded
+
+    @property
+    def unknown(self) -> int:
+        return self.counts.unknown
+
+    @property
+    def operations(self) -> int:
+        return self.counts.operations
+
+    @property
+    def evidence(self) -> Evidence:
+        return self.counts.evidence
+
+    @property
     def fills_pipe(self) -> bool:
         """Whether data comes out of a file or socket into a pipe."""
         pipes = ("pipe", "fifo")
@@ -128,6 +176,31 @@ class Path:
         return Path(
             data["source"], data["destination"], data["via"], Counts.from_json(data), data["why"]
         )
+
+
+class Paths(list[Path]):
+    """Paths in their order; one of them also by its name, "ext4 -> pipe via splice"."""
+
+    @overload
+    def __getitem__(self, which: SupportsIndex) -> Path: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[Path]: ...
+    @overload
+    def __getitem__(self, which: str) -> Path: ...
+    def __getitem__(self, which: SupportsIndex | slice | str) -> Path | list[Path]:
+        """A path by name or number. KeyError with the names that there are."""
+        if not isinstance(which, str):
+            return super().__getitem__(which)
+        for path in self:
+            if path.name == which:
+                return path
+        names = ", ".join(repr(path.name) for path in self)
+        raise KeyError(f"no path {which!r}; there are {names or 'none'}")
+
+    def __contains__(self, which: object) -> bool:
+        if isinstance(which, str):
+            return any(path.name == which for path in self)
+        return super().__contains__(which)
 
 
 @dataclass
@@ -398,13 +471,33 @@ class Audit:
     kernel_release: str = ""
     kernel_where: str = "running"  #: "running" or "vm"
     totals: Counts = field(default_factory=Counts)
-    paths: list[Path] = field(default_factory=list)  #: by copy_bytes, largest first
+    paths: Paths = field(default_factory=Paths)  #: by copy_bytes, largest first
     processes: list[Process] = field(default_factory=list)  #: by copy_bytes, largest first
     pages: PageCounts = field(default_factory=PageCounts)
     findings: list[Finding] = field(default_factory=list)
     accuracy: Accuracy = field(default_factory=Accuracy)
     rsplice_calls: RspliceCalls = field(default_factory=RspliceCalls)  #: of all processes
     journeys: Journeys | None = None  #: of pages, if they were asked for
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes the CPU copied, with multiplicity."""
+        return self.totals.copy_bytes
+
+    @property
+    def avoided_bytes(self) -> int:
+        """Bytes that a read/write relay would have copied, less those that were (can be < 0)."""
+        return self.totals.avoided_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes that crossed the legs."""
+        return self.totals.payload_bytes
+
+    @property
+    def copies_per_byte(self) -> float:
+        """copy_bytes / payload_bytes, 0.0 where nothing was carried."""
+        return self.totals.copies_per_byte
 
     def to_json(self) -> dict[str, Any]:
         """The document of schema rsplice.audit/1."""
@@ -439,7 +532,7 @@ class Audit:
             data["kernel"]["release"],
             data["kernel"]["where"],
             Counts.from_json(data["totals"]),
-            [Path.from_json(p) for p in data["paths"]],
+            Paths(Path.from_json(p) for p in data["paths"]),
             [Process.from_json(p) for p in data["processes"]],
             _pages_from_json(data),
             [Finding.from_json(f) for f in data["findings"]],

@@ -25,6 +25,7 @@ from rsplice.audit import (
     MissingProbe,
     PageCounts,
     Path,
+    Paths,
     Process,
 )
 from rsplice.dashboards import phrases
@@ -66,7 +67,7 @@ def bounced_path() -> Path:
 
 def audit_of(*paths: Path) -> Audit:
     """An audit of *paths* with consistent totals."""
-    audit = Audit(["cp", "a", "b c"], 0, 0.42, "6.18.0", paths=list(paths))
+    audit = Audit(["cp", "a", "b c"], 0, 0.42, "6.18.0", paths=Paths(paths))
     for path in paths:
         audit.totals.add(path.counts)
     audit.accuracy = Accuracy(["probe"] * 13, [], 0, audit.totals.unknown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rsplice.audit import Endpoint, Finding, PageCounts
@@ -21,7 +21,7 @@ _KEY = struct.Struct("=QQQII")
 _TALLY = struct.Struct("=16Q")
 _RECENT_KEY = 32
 _CROWDED = 1  # bpf/processes.h
-_PROCESS = struct.Struct("=II16s")
+_PROCESS = struct.Struct("=II16sQQ")
 _COUNTERS = 16
 _PAGES = struct.Struct("=4Q")
 _DECLARED = struct.Struct("=QQ")
@@ -51,6 +51,17 @@ class Reading:
     marks: list[Mark] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     events_lost: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process as the kernel side knows it (bpf/maps.h)."""
+
+    pid: int
+    ended: int  #: 0 while it is followed; LET_GO where it went on
+    comm: bytes
+    parent: int  #: the key of the process that started it; 0 for those that were asked for
+    aside: int  #: F_ASIDE or F_OWN where that was done by a thread busy with something else
 
 
 class Counters:
@@ -88,24 +99,49 @@ class Counters:
         self._retired_pages: dict[bytes, list[int]] = {}
         self._retired_processes: dict[bytes, bytes] = {}
         self._retired_marks: dict[bytes, bytes] = {}
+        # Bytes of each flow that were expected for those that have been forgotten.
+        self._spent: dict[bytes, int] = {}
 
     def follow(self, pid: int) -> None:
         """Follows the process of *pid* and the children that it makes from now on.
 
         RspliceError if there is no such process.
         """
-        pid, comm = _identify(pid)
-        key = pid << 32 | (int.from_bytes(os.urandom(4), "little"))
-        self._processes.put(struct.pack("=Q", key), _PROCESS.pack(pid, 0, comm))
+        pid, comm = identify(pid)
+        self.follow_as(pid, pid << 32 | (int.from_bytes(os.urandom(4), "little")), comm)
+
+    def follow_as(self, pid: int, key: int, comm: bytes, aside: int = 0) -> None:
+        """Counts what thread group *pid* does from now on, and its children, under *key*."""
+        self._processes.put(struct.pack("=Q", key), _PROCESS.pack(pid, 0, comm, 0, aside))
         self._followed.put(struct.pack("=I", pid), struct.pack("=Q", key))
         slot = struct.pack("=I", pid % self._nr_slots)
         (taken,) = struct.unpack("=Q", (self._slots.get(slot) or [bytes(8)])[0])
         mine = taken == 0 or taken >> 32 == pid
         self._slots.put(slot, struct.pack("=Q", key if mine else _CROWDED))
 
+    def unfollow(self, pid: int) -> None:
+        """Counts no more of what thread group *pid* does; it is no error if it has gone."""
+        self._followed.delete(struct.pack("=I", pid))
+        slot = struct.pack("=I", pid % self._nr_slots)
+        (taken,) = struct.unpack("=Q", (self._slots.get(slot) or [bytes(8)])[0])
+        if taken >> 32 == pid:
+            self._slots.put(slot, bytes(8))
+
     def alive(self) -> list[int]:
         """The pids of followed processes that have not ended."""
-        return [struct.unpack("=I", key)[0] for key, _ in self._followed.items()]
+        return list(self.followed())
+
+    def followed(self) -> dict[int, int]:
+        """The keys of followed processes that have not ended, by pid."""
+        found = self._followed.items()
+        return {_number(pid, "=I"): _number(values[0], "=Q") for pid, values in found}
+
+    def started(self) -> dict[int, Started]:
+        """All processes that there are counters of, by key."""
+        return {
+            _number(key, "=Q"): Started(*_PROCESS.unpack(values[0]))
+            for key, values in self._processes.items()
+        }
 
     def make_room(self) -> None:
         """Takes what ended processes left out of the kernel's maps, if it is worth the time.
@@ -114,11 +150,19 @@ class Counters:
         """
         if self._count(self._ended) - len(self._retired_processes) < _RETIRE_AT:
             return
-        gone = {
-            key: values[0]
-            for key, values in self._processes.items()
-            if _PROCESS.unpack(values[0])[1]
-        }
+        self.retire(
+            {
+                key: values[0]
+                for key, values in self._processes.items()
+                if _PROCESS.unpack(values[0])[1]
+            }
+        )
+
+    def retire(self, gone: Mapping[bytes, bytes]) -> None:
+        """Takes the counters of processes of which no more will come out of the kernel's maps.
+
+        :param gone: what the map "processes" has of them
+        """
         for key, values in self._tallies.items():
             if key[:8] in gone:
                 before = self._retired.get(key, [0] * _COUNTERS)
@@ -138,10 +182,74 @@ class Counters:
             self._retired_processes[key] = process
             self._processes.delete(key)
 
-    def read(self) -> Reading:
-        """All tallies and processes so far: counts since the start, not differences."""
+    def has_ended(self, key: int) -> bool:
+        """Whether the process that was followed under *key* has ended."""
+        values = self._processes.get(struct.pack("=Q", key))
+        return values is None or bool(_PROCESS.unpack(values[0])[1])
+
+    def nr_lost(self) -> int:
+        """Events that were lost so far."""
+        return self._count(self._lost)
+
+    def retire_all_but(self, needed: Container[int]) -> None:
+        """Retires all counters but those under the keys *needed*."""
+        self.retire(
+            {
+                key: values[0]
+                for key, values in self._processes.items()
+                if _number(key, "=Q") not in needed
+            }
+        )
+
+    def forget(self, dead: Container[int]) -> None:
+        """Drops the counters under the keys *dead*, and what is left of such."""
+        maps = [self._tallies, self._pages, self._declarations]
+        if self.findings:
+            maps.append(self.findings.map)
+        found = [(counters, [key for key, _ in counters.items()]) for counters in maps]
+        wishes = self._wishes.items() if self._wishes is not None else ()
+        found_wishes = [(key, _WISH.unpack(values[0])[0]) for key, values in wishes]
+        # Read last: a process is noted before anything of it is counted.
+        known = {_number(key, "=Q") for key, _ in self._processes.items()}
+        for number in known:
+            if number in dead:
+                self._processes.delete(struct.pack("=Q", number))
+        known.update(_number(key, "=Q") for key in self._retired_processes)
+
+        def is_dead(key: bytes) -> bool:
+            number = _number(key[:8], "=Q")
+            return number in dead or number not in known
+
+        for counters, keys in found:
+            for key in filter(is_dead, keys):
+                counters.delete(key)
+        for retired in (self._retired, self._retired_pages, self._retired_marks):
+            for key in list(filter(is_dead, retired)):
+                del retired[key]
+        for key in list(filter(is_dead, self._retired_processes)):
+            del self._retired_processes[key]
+        gone = [(key, expected) for key, expected in found_wishes if is_dead(key[_FLOW_KEY:])]
+        if gone:
+            self._forget_wishes(gone)
+
+    def _forget_wishes(self, gone: Sequence[tuple[bytes, int]]) -> None:
+        """What is sent for them must prove nothing of others."""
+        assert self._flows is not None and self._wishes is not None
+        for key, expected in gone:
+            flow = key[:_FLOW_KEY]
+            self._spent[flow] = self._spent.get(flow, 0) + expected
+            self._wishes.delete(key)
+        there = {key for key, _ in self._flows.items()}
+        self._spent = {key: n for key, n in self._spent.items() if key in there}
+
+    def read(self, of: Container[int] | None = None, without: int = 0) -> Reading:
+        """All tallies and processes so far: counts since the start, not differences.
+
+        :param of: the keys of those that are wanted, all by default
+        :param without: flags of calls that are not
+        """
         reading = Reading()
-        raw = self._raw_tallies()
+        raw = self._raw_tallies() if of is None else self._raw_tallies_of(of, without)
         queued: dict[bytes, int] = {}
         for key, tally in raw.items():
             queued[key[:8]] = queued.get(key[:8], 0) + tally[15]
@@ -156,17 +264,19 @@ class Counters:
             pages[key] = _add(pages.get(key, [0] * 4), _sum(_PAGES, values))
         processes = dict(self._retired_processes)
         processes |= {key: values[0] for key, values in self._processes.items()}
+        if of is not None:
+            processes = {k: v for k, v in processes.items() if _number(k, "=Q") in of}
         for key, process in processes.items():
-            pid, _, comm = _PROCESS.unpack(process)
+            pid, _, comm, _, _ = _PROCESS.unpack(process)
             faults, mapped, inserted, removed = pages.get(key, [0] * 4)
             counts_of = PageCounts(faults, mapped, queued.get(key, 0), inserted, removed)
             name = comm.split(b"\0")[0].decode(errors="replace")
-            (number,) = struct.unpack("=Q", key)
+            number = _number(key, "=Q")
             reading.processes.append(ProcessSeen(number, pid, name, counts_of))
         reading.marks = self._read_marks()
         if self.findings:
             known = {p.key: Process(p.pid, p.comm) for p in reading.processes}
-            reading.findings = self.findings.read(known)
+            reading.findings = self.findings.read(known, of)
         reading.events_lost = self._count(self._lost)
         if self._lost_marks is not None:
             reading.events_lost += self._count(self._lost_marks)
@@ -195,6 +305,30 @@ class Counters:
                 break
         return raw
 
+    def _raw_tallies_of(self, of: Container[int], without: int) -> dict[bytes, list[int]]:
+        """The same for some processes: only the places of their keys are looked at."""
+        for _ in range(_READ_TRIES):
+            moved = self._count(self._moved)
+            raw: dict[bytes, list[int]] = {}
+            stored = [(key, [values]) for key, values in self._retired.items()]
+            stored += [
+                (key, [list(_TALLY.unpack(v)) for v in values])
+                for key, values in self._tallies.items()
+            ]
+            for key, values in stored:
+                process, *_, flags = _KEY.unpack(key)
+                if process in of and not flags & without:
+                    for counts in values:
+                        raw[key] = _add(raw.get(key, [0] * _COUNTERS), counts)
+            for key in raw:
+                for place in _places(key):
+                    for value in self._recents.get(place) or []:
+                        if value[:_RECENT_KEY] == key:
+                            raw[key] = _add(raw[key], list(_TALLY.unpack(value[_RECENT_KEY:])))
+            if self._count(self._moved) == moved:
+                break
+        return raw
+
     @staticmethod
     def _count(counters: Map) -> int:
         """The sum of all values of a map of numbers."""
@@ -205,7 +339,10 @@ class Counters:
         sent: dict[bytes, tuple[int, int]] = {}
         if self._flows is None or self._wishes is None:
             return sent
-        left = {key: _FLOW.unpack(values[0])[0] for key, values in self._flows.items()}
+        left = {
+            key: max(0, _FLOW.unpack(values[0])[0] - self._spent.get(key, 0))
+            for key, values in self._flows.items()
+        }
         for key, values in self._wishes.items():
             flow, tally = key[:_FLOW_KEY], key[_FLOW_KEY:]
             expected, legs = _WISH.unpack(values[0])
@@ -266,6 +403,18 @@ def _mark(key: bytes, value: bytes) -> Mark:
     return Mark(process, probe, detail, calls, tuple(nbytes[: len(MARKS[probe])]))
 
 
+def _places(key: bytes) -> list[bytes]:
+    """The two places of a tally in the map "recents" (recent_index() in bpf/account.h)."""
+    process, source, destination, via, flags = _KEY.unpack(key)
+    mix = process ^ source * 3 ^ destination * 5 ^ via * 7 ^ flags
+    first = (mix * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 57 << 1
+    return [struct.pack("=I", first), struct.pack("=I", first + 1)]
+
+
+def _number(raw: bytes, layout: str) -> int:
+    return int(struct.unpack(layout, raw)[0])
+
+
 def _add(one: list[int], other: list[int]) -> list[int]:
     return [a + b for a, b in zip(one, other, strict=True)]
 
@@ -297,7 +446,7 @@ def map_sizes(cpus: int) -> dict[str, int]:
     return {"MAX_PROCESSES": 8192, "MAX_TALLIES": tallies, "MAX_FLOWS": 8192, "SLOTS": 65536}
 
 
-def _identify(pid: int) -> tuple[int, bytes]:
+def identify(pid: int) -> tuple[int, bytes]:
     """The thread group that *pid* belongs to, and its name. RspliceError if there is none."""
     try:
         with open(f"/proc/{pid}/status", "rb") as file:

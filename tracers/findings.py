@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -270,16 +270,22 @@ class Findings:
         constants: Mapping[str, int],
         vmemmap: int | None,
     ) -> None:
-        self._map = program.map("findings")
+        self.map = program.map("findings")
         self._kind = kind
         self._constants = constants
         self._vmemmap = vmemmap
         self._began = time.monotonic_ns()
         self._paths: dict[tuple[int, int], str] = {}  # of files seen by device and inode
 
-    def read(self, processes: Mapping[int, Process]) -> list[Finding]:
-        """All findings so far, each with its count since the start."""
-        return [self._finding(key, values[0], processes) for key, values in self._map.items()]
+    def read(
+        self, processes: Mapping[int, Process], of: Container[int] | None = None
+    ) -> list[Finding]:
+        """All findings so far, or those of the processes *of*, each with its count."""
+        return [
+            self._finding(key, values[0], processes)
+            for key, values in self.map.items()
+            if of is None or _KEY.unpack(key)[0] in of
+        ]
 
     def _finding(self, key: bytes, value: bytes, processes: Mapping[int, Process]) -> Finding:
         process, source, destination, number, reason, via, _ = _KEY.unpack(key)

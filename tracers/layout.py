@@ -25,6 +25,7 @@ FEATURES = {
     "fuse": "pages moved by FUSE replies are not compared",
     "io_uring": "io_uring operations are not seen",
     "findings": "lifecycle findings are not looked for",
+    "owner": "rsplice serve-probes cannot tell whose a process is",
 }
 
 
@@ -199,6 +200,19 @@ FIELDS: list[Field] = [
         SB_DEV super_block.s_dev
         DENTRY_ALIAS dentry.d_u.d_alias | dentry.d_alias
         DENTRY_NAME dentry.d_name.name
+        """,
+    ),
+    *_fields(
+        "owner",
+        """
+        TASK_CRED task_struct.cred
+        CRED_UID cred.uid
+        CRED_EUID cred.euid
+        CRED_SUID cred.suid
+        CRED_GID cred.gid
+        CRED_EGID cred.egid
+        CRED_SGID cred.sgid
+        CRED_PERMITTED cred.cap_permitted
         """,
     ),
 ]

@@ -26,14 +26,14 @@ from rsplice.tracers.btf import Btf
 from rsplice.tracers.compiled import MapSpec, compiled, map_places
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "account.h", "pages.h",
-            "sockets.h", "judgements.h", "findings.h", "contents.h", "tails.h", "syscalls.c",
-            "findings.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c", "io_uring.c",
-            "journey.c", "usdt.c", "learn.c")  # fmt: skip
+_SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "asides.h", "account.h",
+            "pages.h", "sockets.h", "judgements.h", "findings.h", "contents.h", "tails.h",
+            "syscalls.c", "findings.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
+            "io_uring.c", "journey.c", "usdt.c", "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_CREATE = 0
-_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT = 1, 2, 3, 4
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _MAP_LOOKUP_BATCH = 1, 2, 3, 4, 24
 _PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
 _ATTACH_TRACE_RAW_TP, _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 23, 41, 48
@@ -44,6 +44,10 @@ _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
 _PERF_ATTR_SIZE, _PERF_FLAG_FD_CLOEXEC = 112, 8
 _UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
 _CALL, _PSEUDO_KFUNC_CALL = 0x85, 2
+_BATCH = 256  #: entries of a map that are read at once
+# union bpf_attr: in_batch, out_batch, keys, values, count, map_fd, elem_flags, flags
+_BATCH_ATTRIBUTES = struct.Struct("=QQQQIIQQ")
+_NO_BATCHES = (errno.EINVAL, errno.ENOSPC, 524)  # 524: ENOTSUPP, the kernel's own
 _CAST_CALL = 0x7FFF0001  # access.h
 
 _ffi = FFI()
@@ -61,7 +65,11 @@ class BpfError(Exception):
 
 def _bpf(command: int, attributes: bytes) -> int:
     """bpf(2). BpfError with its errno on failure."""
-    attr = _ffi.new("char[]", attributes.ljust(128, b"\0"))
+    return _bpf_at(command, _ffi.new("char[]", attributes.ljust(128, b"\0")))
+
+
+def _bpf_at(command: int, attr: Any) -> int:
+    """bpf(2) with 128 bytes of attributes, which it may write to."""
     result = _libc.syscall(
         _ffi.cast("long", _SYS_BPF), _ffi.cast("int", command), attr, _ffi.cast("unsigned int", 128)
     )
@@ -119,6 +127,7 @@ class Map:
         self._key = _ffi.new("char[]", key_size)
         self._next = _ffi.new("char[]", key_size)
         self._value = _ffi.new("char[]", self._stride * cpus)
+        self._batches = True
 
     def _call(self, command: int, value: Any, key: Any = None) -> None:
         key = self._key if key is None else key
@@ -152,6 +161,49 @@ class Map:
 
     def items(self) -> Iterator[tuple[bytes, list[bytes]]]:
         """All entries. Entries that vanish meanwhile are passed over."""
+        if self._batches:
+            try:
+                yield from self._batched()
+                return
+            except BpfError as error:
+                if error.errno not in _NO_BATCHES:
+                    raise
+                self._batches = False
+        yield from self._one_by_one()
+
+    def _batched(self) -> list[tuple[bytes, list[bytes]]]:
+        """All entries, many at once: hashes since 5.6, arrays by CPU since 5.13."""
+        key_size = len(_ffi.buffer(self._key))
+        size = self._stride * self.cpus
+        keys = _ffi.new("char[]", key_size * _BATCH)
+        values = _ffi.new("char[]", size * _BATCH)
+        place = _ffi.new("char[]", max(8, key_size))
+        attr = _ffi.new("char[128]")
+        found: dict[bytes, list[bytes]] = {}
+        begin, more = 0, True
+        while more:
+            fields = _BATCH_ATTRIBUTES.pack(
+                begin, _address(place), _address(keys), _address(values), _BATCH, self.fd, 0, 0
+            )
+            _ffi.buffer(attr)[: len(fields)] = fields
+            try:
+                _bpf_at(_MAP_LOOKUP_BATCH, attr)
+            except BpfError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                more = False  # these are the last
+            begin = _address(place)
+            count = _BATCH_ATTRIBUTES.unpack_from(_ffi.buffer(attr))[4]
+            raw_keys = bytes(_ffi.buffer(keys, count * key_size))
+            raw = bytes(_ffi.buffer(values, count * size))
+            for i in range(count):
+                at = i * size
+                found[raw_keys[i * key_size :][:key_size]] = [
+                    raw[at + cpu * self._stride :][: self.value_size] for cpu in range(self.cpus)
+                ]
+        return list(found.items())
+
+    def _one_by_one(self) -> Iterator[tuple[bytes, list[bytes]]]:
         keys: list[bytes] = []
         current: Any = _ffi.NULL
         limit = 1 << 20  # a key deleted under the cursor restarts the walk
@@ -219,6 +271,8 @@ class Program:
         self._direct = direct
         self._fds: list[int] = []
         self._slow_fds: list[int] = []  # of uprobes
+        self._held: list[tuple[int, str]] = []  # programs that are attached again and again
+        self._runs: dict[str, int] = {}  # those that run_once() has loaded
         self._functions = dict[str, bytes]()
         self._maps: dict[str, tuple[MapSpec, int]] = {}
         found = compiled(text, keep)
@@ -243,17 +297,36 @@ class Program:
         cpus = possible_cpus() if spec.type in _PERCPU else 1
         return Map(fd, spec.key_size, spec.value_size, cpus)
 
-    def attach(self, program: int, tracepoint: str) -> None:
+    def attach(self, program: int, tracepoint: str, hold: bool = False) -> None:
         """Attaches a loaded program, which it takes over, to the raw tracepoint it is for.
 
         BpfError on failure.
+
+        :param hold: keep the program, for attach_again()
         """
         try:
-            name = _ffi.new("char[]", tracepoint.encode())
-            where = 0 if self._direct else _address(name)
-            self._fds.append(_bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", where, program, 0)))
+            self._attach(program, tracepoint)
+            if hold:
+                self._held.append((program, tracepoint))
         finally:
-            os.close(program)
+            if (program, tracepoint) not in self._held:
+                os.close(program)
+
+    def _attach(self, program: int, tracepoint: str) -> None:
+        name = _ffi.new("char[]", tracepoint.encode())
+        where = 0 if self._direct else _address(name)
+        self._fds.append(_bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", where, program, 0)))
+
+    def detach(self) -> None:
+        """Detaches what is on raw tracepoints; programs and maps stay."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    def attach_again(self) -> None:
+        """Attaches what detach() has detached and was to be held. BpfError on failure."""
+        for program, tracepoint in self._held:
+            self._attach(program, tracepoint)
 
     def set_tail(self, array: str, index: int, program: int) -> None:
         """Lets other programs end in *program*. Its descriptor stays the caller's."""
@@ -277,17 +350,16 @@ class Program:
         BpfError on failure.
         """
         context = _ffi.new("unsigned long long[]", list(arguments))
-        program = self._load(function, self._code(function), _TYPE_RAW_TRACEPOINT)
-        try:
-            _bpf(
-                _TEST_RUN,
-                struct.pack(
-                    "=IIIIQQIIIIQQII", program, 0, 0, 0, 0, 0, 0, 0,
-                    8 * len(arguments), 0, _address(context), 0, 0, 0,
-                ),
-            )  # fmt: skip
-        finally:
-            os.close(program)
+        if function not in self._runs:
+            code = self._code(function)
+            self._runs[function] = self._load(function, code, _TYPE_RAW_TRACEPOINT)
+        _bpf(
+            _TEST_RUN,
+            struct.pack(
+                "=IIIIQQIIIIQQII", self._runs[function], 0, 0, 0, 0, 0, 0, 0,
+                8 * len(arguments), 0, _address(context), 0, 0, 0,
+            ),
+        )  # fmt: skip
 
     def _code(self, function: str) -> bytearray:
         """The instructions of *function*; BpfError if the text has none of that name."""
@@ -372,11 +444,13 @@ class Program:
 
     def close(self) -> None:
         """Detaches every probe and frees programs and maps."""
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+        self.detach()
         _close_all(self._slow_fds)
         self._slow_fds.clear()
+        for fd in [*self._runs.values(), *(program for program, _ in self._held)]:
+            os.close(fd)
+        self._runs.clear()
+        self._held.clear()
         _close_all([fd for _, fd in self._maps.values()])
         self._maps.clear()
 

@@ -130,6 +130,10 @@ class Tracer:
     :param files: with probes of librsplice, as usdt.find() returned them; they are closed
     :param journeys: the pages to be followed, if any; closed with the tracer
     :param integrity: whether the contents of queued pages are compared too; takes identity "all"
+    :param traces: for an Engine (rsplice/engine.py): threads and files can be set aside, and the probes taken off and
+        put on again
+    :param owner: whose processes are followed; what is no more theirs after exec is let go.
+        None for anybody's
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class Tracer:
         files: Sequence[usdt.File] = (),
         journeys: Follower | None = None,
         integrity: bool = False,
+        traces: bool = False,
+        owner: int | None = None,
     ) -> None:
         self.identity = identity
         self._integrity = integrity
@@ -148,6 +154,8 @@ class Tracer:
         self.usdt_files: list[str] = []  #: those whose probes are attached
         self._files = files
         self.journeys = journeys
+        self._traces = traces
+        self._owner = owner
         self._sizes = map_sizes(possible_cpus())
         self._vmemmap: int | None = None
         self._page_size = 0
@@ -188,6 +196,9 @@ class Tracer:
             "DIRECT": int(self.direct),
             "USDT": int(bool(self._files)),
             "INTEGRITY": int(self._integrity),
+            "TRACES": int(self._traces),
+            "OWNED": int(self._owner is not None),
+            "OWNER": self._owner or 0,
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         if self.journeys:
@@ -244,7 +255,7 @@ class Tracer:
             try:
                 if probe.tracepoint == "sys_exit":
                     program.set_tail("exit_programs", 0, loads[probe].result())
-                program.attach(loads[probe].result(), names[probe])
+                program.attach(loads[probe].result(), names[probe], hold=self._traces)
                 self.attached.append(probe.tracepoint)
             except BpfError as error:
                 if probe.required or self.direct:
@@ -293,6 +304,10 @@ class Tracer:
         if self._vmemmap is None or not page or not self._page_size:
             return None
         return (page - self._vmemmap) // self._page_size
+
+    @property
+    def program(self) -> Program:
+        return self._program
 
     def close(self) -> None:
         if self.journeys:

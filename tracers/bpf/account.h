@@ -39,6 +39,7 @@ static __always_inline void fill_key(struct key *key, struct call *call, u64 tas
 	key->destination = call->destination.id;
 	key->via = call->via;
 	key->flags = call->flags | inside_flag(call->process, task) |
+		     aside_flags(task, call->source.file, call->destination.file) |
 		     (call->source.direct ? F_SRC_DIRECT : 0) | (call->source.dax ? F_SRC_DAX : 0) |
 		     (call->destination.direct ? F_DST_DIRECT : 0) |
 		     (call->destination.dax ? F_DST_DAX : 0);

@@ -5,10 +5,25 @@ int tp_sched_process_fork(u64 *ctx)
 {
 	u64 parent = tracepoint_arg(ctx, 0), child = tracepoint_arg(ctx, 1);
 	u32 parent_tgid = read32(parent + TASK_TGID), child_tgid = read32(child + TASK_TGID);
+	u64 key, aside = 0;
 
 	/* The child does not run before this returns. A thread joins its group. */
-	if (parent_tgid != child_tgid && process_of(parent_tgid, parent))
-		follow(child_tgid, child);
+	if (parent_tgid == child_tgid)
+		return 0;
+	key = process_of(parent_tgid, parent);
+#if TRACES
+	{
+		u32 tid = read32(parent + TASK_PID);
+		struct thread *thread = threads.lookup(&tid);
+
+		if (thread && thread->adopter)
+			key = thread->adopter;
+		else if (thread)
+			aside = thread->aside;
+	}
+#endif
+	if (key)
+		follow(child_tgid, child, key, aside);
 	return 0;
 }
 
@@ -24,6 +39,13 @@ int tp_sched_process_exec(u64 *ctx)
 	process = processes.lookup(key);
 	if (process)
 		read_kernel(process->comm, sizeof(process->comm), (void *)(task + TASK_COMM));
+#if OWNED
+	if (!is_owners(task)) {
+		if (process)
+			process->ended = LET_GO;
+		unfollow(tgid);
+	}
+#endif
 	return 0;
 }
 

@@ -40,8 +40,10 @@ struct tally {
 
 struct process {
 	u32 pid;
-	u32 ended;
+	u32 ended; /* or LET_GO */
 	char comm[16];
+	u64 parent; /* key of the process that started it, 0 for those that tracer.py follows */
+	u64 aside;  /* as of a call (asides.h): of the thread that started it */
 };
 
 struct page_counts {

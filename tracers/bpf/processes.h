@@ -23,9 +23,9 @@ static __always_inline u64 *slot_of(u32 pid)
 }
 
 /* Adds a thread group. Its key, or 0 when the maps are full. */
-static __always_inline u64 follow(u32 pid, u64 task)
+static __always_inline u64 follow(u32 pid, u64 task, u64 parent, u64 aside)
 {
-	struct process process = {.pid = pid};
+	struct process process = {.pid = pid, .parent = parent, .aside = aside};
 	u64 key = process_key(pid), *slot = slot_of(pid);
 
 	read_kernel(process.comm, sizeof(process.comm), (void *)(task + TASK_COMM));
@@ -60,7 +60,7 @@ static __always_inline u64 process_of(u32 pid, u64 task)
 	}
 #if FOLLOW_ALL
 	if (pid && pid != SELF_PID)
-		return follow(pid, task);
+		return follow(pid, task, 0, 0);
 #endif
 	return 0;
 }

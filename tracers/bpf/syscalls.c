@@ -541,6 +541,7 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 	    which != 17)
 		return;
 	call->source.id = call->destination.id = END_UNKNOWN;
+	call->source.file = call->destination.file = 0;
 	call->flags = F_COMPAT;
 	fill_key(&key, call, bpf_get_current_task());
 	tally = tally_of(&key);
