@@ -197,11 +197,6 @@ class Paths(list[Path]):
         names = ", ".join(repr(path.name) for path in self)
         raise KeyError(f"no path {which!r}; there are {names or 'none'}")
 
-    def __contains__(self, which: object) -> bool:
-        if isinstance(which, str):
-            return any(path.name == which for path in self)
-        return super().__contains__(which)
-
 
 @dataclass
 class Amount:

@@ -28,7 +28,7 @@ from rsplice.events import ProcessSeen
 from rsplice.ledger import Ledger
 from rsplice.session import kernel_version
 from rsplice.tracers.capability import reason
-from rsplice.tracers.counters import Started, identify
+from rsplice.tracers.counters import identify
 from rsplice.tracers.program import BpfError
 from rsplice.tracers.tracer import Tracer
 
@@ -38,8 +38,8 @@ _LET_GO = 2
 _THREAD = struct.Struct("=QQ")
 _CGROUPS = "/sys/fs/cgroup"
 
-#: So many keys of past times are worth a walk through the maps.
-_RETIRE_AT = 1024
+#: So many keys are worth a walk through the maps.
+_SWEEP_AT = 256
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,11 @@ class Engine:
         self._members: dict[int, frozenset[int]] = {}
         self._origins: dict[int, int] = {}
         self._asides: dict[int, int] = {}
-        self._threads: dict[int, int] = {}  # those that are set aside now
+        self._threads: dict[int, list[bytes]] = {}  # what those do that are set aside
         self._files: dict[int, int] = {}  # how many traces leave a struct file out
+        self._dead: set[int] = set()  # keys that are of no trace any more
+        self._unswept = 0  # keys made since there was a sweep
+        self._nr_started = 0
         self._held = False
         self._tracer = Tracer(traces=True, owner=owner)
         self._program = self._tracer.program
@@ -172,22 +175,21 @@ class Engine:
     def set_aside(self, tid: int, flags: int) -> None:
         """Counts what thread *tid* does from now on apart: ASIDE, or 0 for no longer."""
         with self._lock:
-            key = struct.pack("=I", tid)
-            if flags:
-                self._threads[tid] = flags
-                self._thread_map.put(key, _THREAD.pack(0, flags))
-            else:
-                self._threads.pop(tid, None)
-                self._thread_map.delete(key)
+            self._set_thread(tid, _THREAD.pack(0, flags) if flags else None)
 
-    @contextmanager
-    def adopting(self, tid: int, number: int) -> Iterator[None]:
-        """Processes that thread *tid* starts meanwhile are in trace *number*."""
-        self.adopt(tid, number)
-        try:
-            yield
-        finally:
-            self.set_aside(tid, 0)
+    def _set_thread(self, tid: int, state: bytes | None) -> None:
+        """What thread *tid* is busy with; None for what it was busy with before."""
+        key = struct.pack("=I", tid)
+        nested = self._threads.setdefault(tid, [])
+        if state is not None:
+            nested.append(state)
+        elif nested:
+            nested.pop()
+        if nested:
+            self._thread_map.put(key, nested[-1])
+        else:
+            del self._threads[tid]
+            self._thread_map.delete(key)
 
     def adopt(self, tid: int, number: int) -> None:
         """Takes the processes that thread *tid* starts into a trace, until set_aside(tid, 0)."""
@@ -199,7 +201,8 @@ class Engine:
             self._members[key] = self._members.get(current, frozenset()) | {number}
             self._origins[key] = key
             self._asides[key] = 0
-        self._thread_map.put(struct.pack("=I", tid), _THREAD.pack(key, 0))
+        with self._lock:
+            self._set_thread(tid, _THREAD.pack(key, 0))
 
     def abandon(self) -> None:
         """In a forked child: closes what it has inherited, and touches nothing of its parent's."""
@@ -227,22 +230,22 @@ class Engine:
     def _own_work(self) -> Iterator[None]:
         """What this thread does meanwhile is no work of the traced program."""
         tid = threading.get_native_id()
-        key = struct.pack("=I", tid)
-        before = self._thread_map.get(key)
-        self._thread_map.put(key, _THREAD.pack(0, _OWN))
+        self._set_thread(tid, _THREAD.pack(0, _OWN))
         try:
             yield
         finally:
-            if before:
-                self._thread_map.put(key, before[0])
-            else:
-                self._thread_map.delete(key)
+            self._set_thread(tid, None)
 
     def _new_key(self, pid: int) -> int:
+        self._unswept += 1
         return pid << 32 | next(self._sequence) & 0xFFFFFFFF
 
-    def _learn(self) -> dict[int, Started]:
+    def _learn(self) -> None:
         """Notes the processes that were started since."""
+        number = self._counters.nr_started()
+        if number == self._nr_started:
+            return
+        self._nr_started = number
         there = self._counters.started()
 
         for key in there:
@@ -256,7 +259,7 @@ class Engine:
                 self._members[key] = self._members.get(started.parent, frozenset())
                 self._origins[key] = key
                 self._asides[key] = started.aside | self._asides.get(started.parent, 0)
-        return there
+                self._unswept += 1
 
     def _roots(self, wanted: Wanted) -> list[int]:
         return [*wanted.pids, *(_cgroup_members(wanted.cgroup) if wanted.cgroup else ())]
@@ -287,7 +290,7 @@ class Engine:
         """Takes all processes out of a trace."""
         mine = os.getpid()
         while True:
-            there = self._learn()
+            self._learn()
             inside = [
                 (pid, key)
                 for pid, key in self._counters.followed().items()
@@ -297,8 +300,9 @@ class Engine:
                 return
             for pid, key in sorted(inside, key=lambda each: each[0] != mine):
                 rest = self._members[key] - {number}
-                if rest and key in there:
-                    self._put(pid, there[key].comm, rest, key)
+                comm = self._counters.comm_of(key) if rest else None
+                if comm is not None:
+                    self._put(pid, comm, rest, key)
                 else:
                     self._counters.unfollow(pid)
 
@@ -377,19 +381,25 @@ class Engine:
         """Forgets a trace, and what was counted for it alone."""
         self._part(number)
         self._let_files(self._traces.pop(number))
-        followed = set(self._counters.followed().values())
-        dead = set()
-        for key, traces in list(self._members.items()):
+        for key, traces in self._members.items():
             if number in traces:
-                self._members[key] = traces = traces - {number}
-            if not traces and key not in followed:
-                dead.add(key)
+                self._members[key] = traces - {number}
+                if len(traces) == 1:
+                    self._dead.add(key)
+        if not self._traces or self._unswept > _SWEEP_AT:
+            self._sweep()
+        self._rest()
+
+    def _sweep(self) -> None:
+        """Makes room in the kernel's maps, and here."""
+        self._unswept = 0
+        followed = set(self._counters.followed().values())
+        dead = self._dead - followed
         for key in dead:
             del self._members[key], self._origins[key], self._asides[key]
+        self._dead -= dead
         self._counters.forget(dead)
-        if len(self._members) > _RETIRE_AT:
-            self._counters.retire_all_but(followed)
-        self._rest()
+        self._counters.retire_all_but(followed)
 
     def _read(self, number: int) -> Audit:
         trace = self._traces[number]

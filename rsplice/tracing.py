@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
+from rsplice.asides import imports_set_aside
 from rsplice.audit import Audit
-from rsplice.engine import Engine, Wanted
+from rsplice.engine import ASIDE, Engine, Wanted
 from rsplice.errors import RspliceError
 
 SCOPES = ("block", "all")
@@ -47,7 +49,10 @@ class Trace:
         self._owner = 0
         self._probes: Probes | None = None
         self._last: Audit | None = None
+        self._stack = ExitStack()
         self.process: subprocess.Popen[Any] | None = None  #: the command, if there is one
+        #: For a test runner: descriptors that are its own. Set, imports are left out, too.
+        self.leave_out: Callable[[], list[int]] | None = None
 
     @property
     def running(self) -> bool:
@@ -83,7 +88,14 @@ class Trace:
         self._probes = probes()
         self._last = None
         wanted = self._wanted
-        self._number = self._probes.start(wanted)
+        if self.leave_out is not None:
+            wanted = replace(wanted, left_out=tuple(self.leave_out()), aside=True)
+            self._stack.enter_context(imports_set_aside(self._set_aside))
+        try:
+            self._number = self._probes.start(wanted)
+        except BaseException:
+            self._stack.close()
+            raise
         if self._argv:
             try:
                 self._run()
@@ -108,8 +120,15 @@ class Trace:
         if self.process:
             _end(self.process)
         number, self._number = self._number, None
-        self._last = self._probes.stop(number)
+        try:
+            self._last = self._probes.stop(number)
+        finally:
+            self._stack.close()
         self._last.exit_status = self._status()
+
+    def _set_aside(self, tid: int, begins: bool) -> None:
+        if self._probes is not None and self._owner == os.getpid():
+            self._probes.set_aside(tid, ASIDE if begins else 0)
 
     def __enter__(self) -> Trace:
         self.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rsplice.audit import Endpoint, Finding, PageCounts
@@ -38,6 +38,8 @@ _MARK = struct.Struct("=6Q")
 
 #: How often counters are read again because some of them moved meanwhile.
 _READ_TRIES = 5
+#: So many entries are quicker looked up than found in a walk through a map.
+_FEW = 64
 #: So many ended processes are worth a walk through the maps.
 _RETIRE_AT = 2048
 
@@ -92,6 +94,7 @@ class Counters:
         self._marks: Map | None = program.map("usdt_marks") if has_marks else None
         self._lost_marks: Map | None = program.map("usdt_lost") if has_marks else None
         self._filesystems: dict[int, str] = {}
+        self._started = program.map("nr_started")
         self._ended = program.map("nr_ended")
         self.findings: Findings | None = None  #: where they are looked for
         # Of processes that have ended: taken out of the kernel's maps to make room.
@@ -164,7 +167,8 @@ class Counters:
         :param gone: what the map "processes" has of them
         """
         for key, values in self._tallies.items():
-            if key[:8] in gone:
+            # Of those that are retired already: what has come back from the places in front.
+            if key[:8] in gone or key[:8] in self._retired_processes:
                 before = self._retired.get(key, [0] * _COUNTERS)
                 self._retired[key] = _add(before, _sum(_TALLY, values))
                 self._tallies.delete(key)
@@ -181,6 +185,16 @@ class Counters:
         for key, process in gone.items():
             self._retired_processes[key] = process
             self._processes.delete(key)
+
+    def nr_started(self) -> int:
+        """Processes that those which were followed have started."""
+        return self._count(self._started)
+
+    def comm_of(self, key: int) -> bytes | None:
+        """The name of the process that is followed under *key*; None if it has ended."""
+        values = self._processes.get(struct.pack("=Q", key))
+        _, ended, comm, _, _ = _PROCESS.unpack(values[0]) if values else (0, 1, b"", 0, 0)
+        return None if ended else bytes(comm)
 
     def has_ended(self, key: int) -> bool:
         """Whether the process that was followed under *key* has ended."""
@@ -242,7 +256,7 @@ class Counters:
         there = {key for key, _ in self._flows.items()}
         self._spent = {key: n for key, n in self._spent.items() if key in there}
 
-    def read(self, of: Container[int] | None = None, without: int = 0) -> Reading:
+    def read(self, of: Set[int] | None = None, without: int = 0) -> Reading:
         """All tallies and processes so far: counts since the start, not differences.
 
         :param of: the keys of those that are wanted, all by default
@@ -260,10 +274,10 @@ class Counters:
                 self._tally(key, counts, sent.get(key, (0, 0)), declared.get(key, (0, 0)))
             )
         pages = dict(self._retired_pages)
-        for key, values in self._pages.items():
+        for key, values in _entries(self._pages, of):
             pages[key] = _add(pages.get(key, [0] * 4), _sum(_PAGES, values))
         processes = dict(self._retired_processes)
-        processes |= {key: values[0] for key, values in self._processes.items()}
+        processes |= {key: values[0] for key, values in _entries(self._processes, of)}
         if of is not None:
             processes = {k: v for k, v in processes.items() if _number(k, "=Q") in of}
         for key, process in processes.items():
@@ -401,6 +415,14 @@ def _mark(key: bytes, value: bytes) -> Mark:
     calls, *nbytes = _MARK.unpack(value)
     probe = usdt.NAMES[number]
     return Mark(process, probe, detail, calls, tuple(nbytes[: len(MARKS[probe])]))
+
+
+def _entries(counters: Map, of: Set[int] | None) -> Iterable[tuple[bytes, list[bytes]]]:
+    """Those of a map by process: all, or at least those of the processes *of*."""
+    if of is None or len(of) > _FEW:
+        return counters.items()
+    keys = (struct.pack("=Q", number) for number in of)
+    return [(key, values) for key in keys if (values := counters.get(key)) is not None]
 
 
 def _places(key: bytes) -> list[bytes]:

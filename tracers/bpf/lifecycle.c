@@ -6,6 +6,7 @@ int tp_sched_process_fork(u64 *ctx)
 	u64 parent = tracepoint_arg(ctx, 0), child = tracepoint_arg(ctx, 1);
 	u32 parent_tgid = read32(parent + TASK_TGID), child_tgid = read32(child + TASK_TGID);
 	u64 key, aside = 0;
+	u32 zero = 0;
 
 	/* The child does not run before this returns. A thread joins its group. */
 	if (parent_tgid == child_tgid)
@@ -22,8 +23,8 @@ int tp_sched_process_fork(u64 *ctx)
 			aside = thread->aside;
 	}
 #endif
-	if (key)
-		follow(child_tgid, child, key, aside);
+	if (key && follow(child_tgid, child, key, aside))
+		nr_started.increment(zero);
 	return 0;
 }
 

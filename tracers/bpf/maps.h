@@ -70,6 +70,7 @@ BPF_TABLE("percpu_hash", struct key, struct tally, tallies, MAX_TALLIES);
 BPF_TABLE("percpu_hash", u64, struct page_counts, page_counts, MAX_PROCESSES);
 BPF_TABLE("lru_hash", u32, struct note, notes, 4096);
 BPF_TABLE("percpu_array", u32, u64, lost, NR_LOST);
+BPF_ARRAY(nr_started, u64, 1);
 BPF_ARRAY(nr_ended, u64, 1); /* processes that have ended: the reader makes room for others */
 
 struct name {
