@@ -130,8 +130,8 @@ class Tracer:
     :param files: with probes of librsplice, as usdt.find() returned them; they are closed
     :param journeys: the pages to be followed, if any; closed with the tracer
     :param integrity: whether the contents of queued pages are compared too; takes identity "all"
-    :param traces: for an Engine (rsplice/engine.py): threads and files can be set aside, and the probes taken off and
-        put on again
+    :param traces: for an Engine (rsplice/engine.py): threads and files can be set aside, and the
+        probes taken off and put on again
     :param owner: whose processes are followed; what is no more theirs after exec is let go.
         None for anybody's
     """
