@@ -107,6 +107,7 @@ FIELDS: list[Field] = [
         PIPE_RING_SIZE pipe_inode_info.ring_size
         PIPE_BUFS pipe_inode_info.bufs
         BUF_PAGE pipe_buffer.page
+        BUF_OFFSET pipe_buffer.offset
         BUF_LEN pipe_buffer.len
         PAGE_FLAGS page.flags
         PAGE_HEAD page.compound_head | page.compound_info
@@ -186,7 +187,6 @@ FIELDS: list[Field] = [
         "findings",
         """
         REGS_ARG4 pt_regs.r8
-        BUF_OFFSET pipe_buffer.offset
         BUF_OPS pipe_buffer.ops
         BUF_FLAGS pipe_buffer.flags
         PIPE_READERS pipe_inode_info.readers

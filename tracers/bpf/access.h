@@ -56,6 +56,39 @@ DEFINE_SLOW(64)
 DEFINE_SLOW(32)
 DEFINE_SLOW(8)
 
+/*
+ * Several members of one small structure: it is cast once, since what stands in registers does not
+ * survive a cast. Offsets are constants, and end before struct pt_regs does (168 bytes).
+ */
+#if DIRECT
+static __always_inline u64 look_at(u64 address)
+{
+	return rdonly_cast(address, BTF_PT_REGS);
+}
+#define DEFINE_SEEN(bits)                                                                          \
+	static __always_inline u64 seen##bits(u64 looked_at, const int offset)                     \
+	{                                                                                          \
+		u64 value;                                                                         \
+		asm volatile("%0 = *(u" #bits " *)(%1 + %2)"                                       \
+			     : "=r"(value)                                                         \
+			     : "r"(looked_at), "i"(offset));                                       \
+		return value;                                                                      \
+	}
+#else
+static __always_inline u64 look_at(u64 address)
+{
+	return address;
+}
+#define DEFINE_SEEN(bits)                                                                          \
+	static __always_inline u64 seen##bits(u64 looked_at, const int offset)                     \
+	{                                                                                          \
+		return read##bits(looked_at + offset);                                             \
+	}
+#endif
+
+DEFINE_SEEN(64)
+DEFINE_SEEN(32)
+
 /* Argument n of a raw tracepoint, n a constant. */
 static __always_inline u64 tracepoint_arg(u64 *ctx, const int n)
 {

@@ -15,6 +15,8 @@ struct call {
 	u64 nr_judged;
 	u32 via;
 	u32 flags;
+	u32 place; /* of its tally */
+	u32 pad;
 };
 
 BPF_TABLE("percpu_array", u32, struct call, calls, 1);
@@ -113,38 +115,35 @@ static __always_inline bool introduce(struct key *key)
 	return true;
 }
 
-/* The place of a key on this CPU, 0 if it has none; *older* is the place it would take. */
-static __always_inline struct recent *recent_of(struct key *key, struct recent **older)
+/* The tally at a place that tally_of() has just told, 0 if there is no such place. */
+static __always_inline struct tally *tally_at(u32 place)
 {
-	u32 index = recent_index(key), next = index + 1;
-	struct recent *one = recents.lookup(&index), *other = recents.lookup(&next);
-
-	if (!one || !other)
-		return 0;
-	if (same_key(&one->key, key))
-		return one;
-	if (same_key(&other->key, key))
-		return other;
-	*older = one->tally.operations < other->tally.operations ? one : other;
-	return 0;
-}
-
-/* The tally that tally_of() has just returned for the key, 0 if it is gone. */
-static __always_inline struct tally *last_tally(struct key *key)
-{
-	struct recent *older, *recent = recent_of(key, &older);
+	struct recent *recent = recents.lookup(&place);
 
 	return recent ? &recent->tally : 0;
 }
 
-/* The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full. */
-static __always_inline struct tally *tally_of(struct key *key)
+/*
+ * The tally of a key on this CPU, made if need be; 0 (and counted as lost) if the map is full.
+ *
+ * @place: where it stands
+ */
+static __always_inline struct tally *tally_of(struct key *key, u32 *place)
 {
-	struct recent *older = 0, *recent = recent_of(key, &older);
+	u32 index = recent_index(key), next = index + 1;
+	struct recent *one = recents.lookup(&index), *other = recents.lookup(&next), *older;
 
-	if (recent)
-		return &recent->tally;
-	if (!older || !introduce(key))
+	if (!one || !other)
+		return 0;
+	*place = index;
+	if (same_key(&one->key, key))
+		return &one->tally;
+	older = one->tally.operations < other->tally.operations ? one : other;
+	if (older == other || same_key(&other->key, key))
+		*place = next;
+	if (same_key(&other->key, key))
+		return &other->tally;
+	if (!introduce(key))
 		return 0;
 	if (older->key.process)
 		put_back(older);

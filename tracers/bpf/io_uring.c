@@ -150,7 +150,7 @@ int tp_io_uring_complete(u64 *ctx)
 	ends_of_request(request, opcode, shape, task, call);
 	forget();
 	fill_key(&key, call, task);
-	tally = tally_of(&key);
+	tally = tally_of(&key, &call->place);
 	if (!tally)
 		return 0;
 	tally->operations++;
@@ -173,11 +173,9 @@ int tp_io_uring_complete(u64 *ctx)
 		if (END_IS_PIPE(call->source.id))
 			prepare_pipes(walk, call, shape == SHAPE_TEE);
 		else if (END_IS_FILESYSTEM(call->source.id))
-			prepare_into_pipe(walk, call,
-					  read64(request + IO_SPLICE_OFF_IN) + call->bytes);
+			prepare_into_pipe(walk, call);
 		else
 			return 0;
-		walk->key = key;
 		uring_programs.call(ctx, 0);
 	}
 #endif

@@ -87,28 +87,30 @@ enum judge {
 struct walk {
 	u64 mapping;
 	u64 bufs;
-	u64 bytes; /* stop when the slots seen hold so many */
+	u64 bytes;  /* stop when the slots seen hold so many */
+	u64 proven; /* bytes that are proven if all slots are the same */
 	u64 other_bufs;
-	u32 mask;
-	u32 start; /* first slot looked at */
-	s32 step;  /* 1, or -1 to go back in time */
-	u32 slots; /* at most so many */
-	u32 other_mask;
-	u32 other_start;
+	u64 mask;
+	u64 start; /* first slot looked at */
+	s64 step;  /* 1, or -1 to go back in time */
+	u64 slots; /* at most so many */
+	u64 other_mask;
+	u64 other_start;
 	u32 judge;
 	u32 pad;
-	/* What was seen. */
-	u64 same;  /* bytes in pages that are the other end's */
-	u64 fresh; /* bytes in pages that belong to nobody else */
-	u64 total; /* bytes in all slots seen */
+	/* From here on what was seen: zero at the start. */
+	u64 same;    /* bytes in pages that are the other end's */
+	u64 fresh;   /* bytes in pages that belong to nobody else */
+	u64 total;   /* bytes in all slots seen */
+	u64 partial; /* bytes of a buffer that was split between two rings */
 	u32 nr_same;
 	u32 nr_seen;
 	u32 nr_mapped;
-	u32 verdict; /* what follows for the call: enum verdict */
-	u64 proven;  /* bytes that are proven if all slots are the same */
-	u64 partial; /* bytes of a buffer that was split between two rings */
+	u32 verdict;	 /* what follows for the call: enum verdict */
+	u64 is_same;	 /* the folio, or page, that the walk has come to */
+	u64 folio_at;	 /* where it began */
+	u64 folio_total; /* bytes before it */
 	struct folio folio;
-	struct key key;
 };
 BPF_TABLE("percpu_array", u32, struct walk, walks, 1);
 
@@ -119,52 +121,70 @@ static __always_inline struct walk *new_walk(u64 bytes)
 
 	if (!walk)
 		return 0;
-	__builtin_memset(walk, 0, sizeof(*walk));
+	__builtin_memset(&walk->same, 0, sizeof(*walk) - __builtin_offsetof(struct walk, same));
 	walk->bytes = walk->proven = bytes;
 	return walk;
 }
 
-static __always_inline u64 slot_at(u64 bufs, u32 index, u32 mask)
+static __always_inline u64 slot_at(u64 bufs, u64 index, u64 mask)
 {
-	return bufs + (u64)(index & mask) * BUF_SIZE;
+	return bufs + (index & mask) * BUF_SIZE;
 }
 
+/* Is the page in the walk's slot *i* the other end's? */
+static __always_inline bool is_same_page(struct walk *walk, u64 page, u64 i)
+{
+	if (walk->judge == JUDGE_RING)
+		return page == read64(slot_at(walk->other_bufs, walk->other_start + walk->step * i,
+					      walk->other_mask) +
+				      BUF_PAGE);
+	load_folio(&walk->folio, page);
+	if (walk->judge == JUDGE_MAPPED)
+		return walk->folio.mapped;
+	return (walk->folio.mapping == walk->mapping) ^ walk->judge;
+}
+
+/* Adds up the slots since *folio_at* and *folio_total*, which are all of one folio. */
+static __always_inline void end_folio(struct walk *walk, u64 i, u64 total)
+{
+	u64 slots = i - walk->folio_at;
+
+	if (walk->is_same) {
+		walk->same += total - walk->folio_total;
+		walk->nr_same += slots;
+	}
+	if (walk->folio.mapped)
+		walk->nr_mapped += slots;
+	walk->folio_at = i;
+	walk->folio_total = total;
+}
+
+/* The next page of a folio takes two loads and no more: what is said of one goes for all. */
 static __always_inline void walk_ring(struct walk *walk)
 {
-	u32 i;
+	u64 at = walk->start, total = walk->total, i;
 
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_SLOTS; i++) {
 		u64 slot, page, length;
-		u32 same;
 
-		if (i >= walk->slots || walk->total >= walk->bytes)
+		if (i >= walk->slots || total >= walk->bytes)
 			break;
-		slot = slot_at(walk->bufs, walk->start + walk->step * i, walk->mask);
-		page = read64(slot + BUF_PAGE);
-		length = (u32)read32(slot + BUF_LEN);
-		walk->nr_seen++;
-		walk->total += length;
-		if (walk->judge == JUDGE_RING) {
-			u32 other = walk->other_start + walk->step * i;
-
-			same = page == read64(slot_at(walk->other_bufs, other, walk->other_mask) +
-					      BUF_PAGE);
-		} else {
-			load_folio(&walk->folio, page);
-			walk->nr_mapped += walk->folio.mapped;
-			if (walk->judge == JUDGE_MAPPED)
-				same = walk->folio.mapped;
-			else
-				same = (walk->folio.mapping == walk->mapping) ^ walk->judge;
+		slot = look_at(slot_at(walk->bufs, at, walk->mask));
+		at += walk->step;
+		page = seen64(slot, BUF_PAGE);
+		length = seen32(slot, BUF_LEN);
+		if (page - walk->folio.first >= walk->folio.span) {
+			end_folio(walk, i, total);
+			walk->is_same = is_same_page(walk, page, i);
+			if (!walk->is_same && !walk->folio.mapping &&
+			    (u32)read32(page + PAGE_REFCOUNT) == 1)
+				walk->fresh += length;
 		}
-		if (same) {
-			walk->same += length;
-			walk->nr_same++;
-		} else if (!walk->folio.mapping && (u32)read32(page + PAGE_REFCOUNT) == 1) {
-			walk->fresh += length;
-		}
+		total += length;
 	}
+	end_folio(walk, i, total);
+	walk->nr_seen = i;
 }
 
 static __always_inline void walk_newest(struct walk *walk, u64 pipe)
@@ -176,6 +196,12 @@ static __always_inline void walk_newest(struct walk *walk, u64 pipe)
 	walk->start = pipe_index(pipe + PIPE_HEAD) - 1;
 	walk->step = -1;
 	walk->slots = size;
+}
+
+/* Where in its page a buffer ends; a reader moves its start alone. */
+static __always_inline u32 end_of_slot(u64 slot)
+{
+	return (u32)read32(slot + BUF_OFFSET) + (u32)read32(slot + BUF_LEN);
 }
 
 /* Pages that *bytes* ending at file position *end* touch. */

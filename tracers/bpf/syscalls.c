@@ -180,15 +180,18 @@ enum verdict {
 };
 
 /* Splices into a pipe, and sendfile to one: are the newest buffers the source's own pages? */
-static __always_inline void prepare_into_pipe(struct walk *walk, struct call *call, u64 position)
+static __always_inline void prepare_into_pipe(struct walk *walk, struct call *call)
 {
 	bool cached = END_IS_FILESYSTEM(call->source.id) && !call->source.direct;
-	u32 slots = cached ? pages_spanned(position, call->bytes) : (call->bytes + 4095) >> 12;
+	u32 slots = (call->bytes + 4095) >> 12;
 
 	walk->verdict = INTO_PIPE;
 	walk->judge = JUDGE_MAPPING;
 	walk->mapping = read64(call->source.file + FILE_MAPPING);
 	walk_newest(walk, pipe_of(call->destination.file));
+	if (cached)
+		slots = pages_spanned(end_of_slot(slot_at(walk->bufs, walk->start, walk->mask)),
+				      call->bytes);
 	walk->slots = slots < walk->slots ? slots : walk->slots;
 }
 
@@ -386,6 +389,19 @@ static __always_inline u64 last_given_mapping(struct walk *walk, u64 file)
 	return walk->folio.mapping;
 }
 
+/* Are pages compared? Those that sockets give, and that devices take from a pipe, are not. */
+static __always_inline bool is_compared(struct call *call, u32 shape)
+{
+	u64 source = call->source.id, destination = call->destination.id;
+
+	if (shape == SHAPE_VMSPLICE)
+		return END_IS_PIPE(destination);
+	if (END_IS_PIPE(source))
+		return END_IS_PIPE(destination) || END_IS_SOCKET(destination) ||
+		       END_IS_FILESYSTEM(destination);
+	return !END_IS_SOCKET(source);
+}
+
 /* Which walk tells what became of this call's bytes, if any does. */
 static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 shape,
 				    struct call *call, struct key *key, struct tally *tally)
@@ -396,14 +412,13 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 	u64 position, family = call->destination.id >> 40 & 0xffff;
 
 	if (shape == SHAPE_VMSPLICE) {
-		if (to_pipe)
-			prepare_user_pages(walk, call);
+		prepare_user_pages(walk, call);
 		return;
 	}
 	if (from_pipe) {
 		if (to_pipe)
 			prepare_pipes(walk, call, shape == SHAPE_TEE);
-		else if (END_IS_FILESYSTEM(call->destination.id) && !call->destination.direct)
+		else if (!to_socket && !call->destination.direct)
 			prepare_into_file(walk, call);
 #if HAVE_NETWORK
 		else if (to_socket) {
@@ -416,26 +431,24 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 #endif
 		return;
 	}
-	if (END_IS_SOCKET(call->source.id))
-		return;
-	position = position_after(shape == SHAPE_SENDFILE ? read64(regs + REGS_ARG2) : in_offset,
-				  call->source.file);
 	if (to_pipe && (shape != SHAPE_SENDFILE || SENDFILE_INTO_PIPE)) {
-		prepare_into_pipe(walk, call, position);
+		prepare_into_pipe(walk, call);
 		return;
 	}
-#if HAVE_EXTENTS
-	if (shape == SHAPE_COPY_FILE_RANGE &&
-	    judge_extents(call, tally, position,
-			  position_after(out_offset, call->destination.file)))
-		return;
-#endif
 #if HAVE_NETWORK
 	if (to_socket && (family == AF_INET || family == AF_INET6)) {
 		expect_sent(key, sk_of(call->destination.file),
 			    read64(call->source.file + FILE_MAPPING), call->bytes, 3);
 		return;
 	}
+#endif
+	position = position_after(shape == SHAPE_SENDFILE ? read64(regs + REGS_ARG2) : in_offset,
+				  call->source.file);
+#if HAVE_EXTENTS
+	if (shape == SHAPE_COPY_FILE_RANGE &&
+	    judge_extents(call, tally, position,
+			  position_after(out_offset, call->destination.file)))
+		return;
 #endif
 	prepare_internal(walk, call, task, position);
 }
@@ -461,12 +474,14 @@ static __always_inline bool prepare_contents(struct call *call)
 static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struct call *call,
 				  struct key *key, struct tally *tally)
 {
-	struct walk *walk = new_walk(call->bytes);
+	struct walk *walk;
 
+	if (!is_compared(call, shape))
+		return;
+	walk = new_walk(call->bytes);
 	if (!walk)
 		return;
 	prepare(walk, task, regs, shape, call, key, tally);
-	walk->key = *key;
 	if (walk->verdict == NO_WALK)
 		return;
 #if CONTENTS
@@ -486,7 +501,7 @@ int tp_walk(u64 *ctx)
 
 	if (!walk || !call)
 		return 0;
-	tally = last_tally(&walk->key);
+	tally = tally_at(call->place);
 	if (!tally)
 		return 0;
 	walk_ring(walk);
@@ -544,7 +559,7 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 	call->source.file = call->destination.file = 0;
 	call->flags = F_COMPAT;
 	fill_key(&key, call, bpf_get_current_task());
-	tally = tally_of(&key);
+	tally = tally_of(&key, &call->place);
 	if (!tally)
 		return;
 	tally->operations++;
@@ -707,7 +722,7 @@ int tp_sys_exit(u64 *ctx)
 		return 0;
 
 	fill_key(&key, call, task);
-	tally = tally_of(&key);
+	tally = tally_of(&key, &call->place);
 	if (!tally)
 		return 0;
 	tally->operations++;
