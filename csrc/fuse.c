@@ -14,7 +14,10 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define ALL_FLAGS   (RSPLICE_F_NONBLOCK | RSPLICE_F_STRICT | RSPLICE_F_SHARE | RSPLICE_F_EXACT)
+#define ALL_FLAGS                                                                                  \
+	(RSPLICE_F_NONBLOCK | RSPLICE_F_STRICT | RSPLICE_F_SHARE | RSPLICE_F_EXACT |               \
+	 RSPLICE_F_READAHEAD)
+#define MAX_MARKS   16 /* more than may_be_marked() finds in 256 pages */
 #define HEADER_SIZE sizeof(struct fuse_out_header)
 #define MOST	    (1UL << 28) /* bytes: far beyond any READ, and within the header's 32 bits */
 
@@ -29,6 +32,8 @@ struct reply {
 	size_t movable;	       /* bytes of whole pages that only the pipe refers to */
 	size_t copied;	       /* bytes that the CPU has copied or made already */
 	size_t unknown;	       /* bytes whose pages may or may not be movable */
+	struct own_pipe
+		*held; /* refers to pages that are not to be moved, NULL if there are none */
 };
 
 static struct fuse_out_header header_of(const struct reply *reply, size_t payload)
@@ -139,31 +144,92 @@ static bool keeps(const struct source *source)
 }
 
 /*
- * The payload into `whole`: moved there, or referred to from both, where pages that are copied
- * anyway are to survive a reply that is refused. -EMSGSIZE: there are not slots enough.
+ * Whether the kernel may have marked that page of a READ of nr pages: the next readahead begins
+ * when a reader comes to it (PG_readahead). It is the first page of a window that was itself read
+ * ahead; else where the reader's own request ended, or the second half
+ * (mm/readahead.c:page_cache_sync_ra(), 6.18), or the last quarter after a fault
+ * (mm/filemap.c:do_sync_mmap_readahead()). Requests are taken to be powers of two.
  */
-static int add_payload(struct reply *reply, struct own_pipe *whole)
+static bool may_be_marked(size_t page, size_t nr)
+{
+	return !(page & (page - 1)) || page == nr - nr / 2 || page == nr - nr / 4;
+}
+
+/* Bytes until the next page that may be marked. */
+static size_t unmarked(const struct reply *reply, size_t at)
+{
+	size_t page = at / RSPLICE_PAGE + 1;
+
+	while (page * RSPLICE_PAGE < reply->payload &&
+	       !may_be_marked(page, pages_of(reply->payload)))
+		page++;
+	return page * RSPLICE_PAGE - at;
+}
+
+/* The first page in the payload pipe will be copied, since another pipe refers to it as well. */
+static void hold_page(struct reply *reply)
+{
+	ssize_t done =
+		tee(reply->pipe->reader, reply->held->writer, RSPLICE_PAGE, SPLICE_F_NONBLOCK);
+
+	reply->held->queued += done > 0 ? (size_t)done : 0;
+}
+
+/* Moves size bytes of the payload into `whole`. -EMSGSIZE: there are not slots enough. */
+static int move_payload(struct reply *reply, struct own_pipe *whole, size_t size)
 {
 	struct own_pipe *from = reply->pipe;
-	size_t left = reply->payload;
 
-	if (keeps(&reply->call->source)) {
-		ssize_t done = tee(from->reader, whole->writer, left, SPLICE_F_NONBLOCK);
-
-		whole->queued += done > 0 ? (size_t)done : 0;
-		return done < 0 && errno != EAGAIN ? -errno : (size_t)done == left ? 0 : -EMSGSIZE;
-	}
-	while (left) {
+	while (size) {
 		ssize_t done =
-			splice(from->reader, NULL, whole->writer, NULL, left, SPLICE_F_NONBLOCK);
+			splice(from->reader, NULL, whole->writer, NULL, size, SPLICE_F_NONBLOCK);
 
 		if (done <= 0)
 			return done && errno != EAGAIN ? -errno : -EMSGSIZE;
 		from->queued -= (size_t)done;
 		whole->queued += (size_t)done;
-		left -= (size_t)done;
+		size -= (size_t)done;
 	}
 	return 0;
+}
+
+/* The same, but for the pages that may be marked: in its place a moved page has no mark. */
+static int move_unmarked(struct reply *reply, struct own_pipe *whole)
+{
+	size_t at = 0;
+
+	while (at < reply->payload) {
+		size_t left = reply->payload - at, part = unmarked(reply, at);
+		int error;
+
+		if (left >= RSPLICE_PAGE)
+			hold_page(reply);
+		error = move_payload(reply, whole, part < left ? part : left);
+		if (error)
+			return error;
+		at += part;
+	}
+	return 0;
+}
+
+/*
+ * The payload into `whole`: moved there, or referred to from both, where pages that are copied
+ * anyway are to survive a reply that is refused. -EMSGSIZE: there are not slots enough.
+ */
+static int add_payload(struct reply *reply, struct own_pipe *whole)
+{
+	if (keeps(&reply->call->source)) {
+		size_t size = reply->payload;
+		ssize_t done = tee(reply->pipe->reader, whole->writer, size, SPLICE_F_NONBLOCK);
+
+		whole->queued += done > 0 ? (size_t)done : 0;
+		return done < 0 && errno != EAGAIN ? -errno : (size_t)done == size ? 0 : -EMSGSIZE;
+	}
+	if (wants(reply->call, RSPLICE_F_READAHEAD) && fills_directly(&reply->call->source) &&
+	    reply->movable + reply->unknown >= round_down(reply->payload, RSPLICE_PAGE))
+		reply->held = own_pipe_get(MAX_MARKS);
+	return reply->held ? move_unmarked(reply, whole)
+			   : move_payload(reply, whole, reply->payload);
 }
 
 static int assemble(struct reply *reply, struct own_pipe *whole)
@@ -182,10 +248,13 @@ static void count_reply(const struct reply *reply)
 	const struct source *source = &reply->call->source;
 	struct call *call = reply->call;
 	size_t rest = reply->payload - reply->movable - reply->copied - reply->unknown;
+	size_t held = reply->held ? reply->held->queued : 0;
 	bool made = source->kind == SOURCE_GENERATED;
 
-	call->result.moved = reply->movable;
-	call->result.unknown = reply->unknown;
+	/* Of a file the whole pages are all one or the other. */
+	call->result.moved = reply->movable ? reply->movable - held : 0;
+	call->result.unknown = reply->unknown ? reply->unknown - held : 0;
+	count_copied(call, held, RSPLICE_WHY_READAHEAD);
 	count_copied(call, reply->copied,
 		     why_copied(call, made ? RSPLICE_HOW_GENERATED : RSPLICE_HOW_COPY));
 	count_copied(call, rest,
@@ -393,7 +462,8 @@ ssize_t rsplice_fuse_reply(int fuse_fd, uint64_t unique, int fd_in, int64_t *off
 	ssize_t done;
 	int error;
 
-	if (flags & ~ALL_FLAGS || len > MOST) {
+	if (flags & ~ALL_FLAGS || len > MOST ||
+	    (flags & RSPLICE_F_STRICT && flags & RSPLICE_F_READAHEAD)) {
 		errno = EINVAL;
 		return -1;
 	}
@@ -409,6 +479,10 @@ ssize_t rsplice_fuse_reply(int fuse_fd, uint64_t unique, int fd_in, int64_t *off
 		done = answer(&reply, len);
 	if (reply.pipe && source_seekable(&call.source) && reply.pipe->queued)
 		own_pipe_drop(reply.pipe, reply.pipe->queued);
+	if (reply.held) {
+		own_pipe_drop(reply.held, reply.held->queued);
+		own_pipe_put(reply.held);
+	}
 	if (reply.pipe)
 		reply.pipe->how = RSPLICE_HOW_REFERENCE;
 	carry_put(&call.source, reply.pipe);

@@ -34,6 +34,7 @@ const char *rsplice_why(uint32_t why)
 		"a pipe's pages are copied into the consumer's own",
 		"the CPU makes the bytes of this source",
 		"more pages than a pipe has slots",
+		"the page may carry the mark of the next readahead",
 	};
 	int bit = ffs((int)why);
 

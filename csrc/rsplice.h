@@ -24,6 +24,8 @@ extern "C" {
 #define RSPLICE_F_MORE	   0x04u /* more follows: to a socket, as MSG_MORE */
 #define RSPLICE_F_SHARE	   0x08u /* pages that the source keeps may be lent, instead of a copy */
 #define RSPLICE_F_EXACT	   0x10u /* of a FUSE reply: EIO instead of a short one */
+#define RSPLICE_F_READAHEAD                                                                        \
+	0x20u /* of a FUSE reply: a few pages are copied, to keep reading ahead */
 
 /* Why bytes were copied, in struct rsplice_result. */
 #define RSPLICE_WHY_NO_DIRECT 0x01u /* the source cannot be read with O_DIRECT */
@@ -33,6 +35,7 @@ extern "C" {
 #define RSPLICE_WHY_PIPE      0x10u /* out of a pipe's pages, into the consumer's own */
 #define RSPLICE_WHY_GENERATED 0x20u /* the CPU makes the bytes of this source */
 #define RSPLICE_WHY_SLOTS     0x40u /* more pages than a pipe has slots */
+#define RSPLICE_WHY_READAHEAD 0x80u /* where the kernel may have marked the next readahead */
 
 /* What became of the bytes of one call; they add up to what the call returned. */
 struct rsplice_result {

@@ -78,6 +78,7 @@ WHYS = (
     "out of a pipe's pages",
     "the CPU makes the bytes of this source",
     "more pages than a pipe has slots",
+    "may carry the mark of the next readahead",
 )
 
 

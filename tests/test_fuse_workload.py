@@ -162,6 +162,24 @@ def check_tree(mount: Path, files: list[File]) -> None:
 
 
 @needs_fuse
+@needs_root
+@pytest.mark.parametrize(("readahead", "kib"), [(0, 1020), (3 << 20, 3072)])
+def test_the_kernel_reads_as_far_ahead_as_asked(tmp_path: Path, readahead: int, kib: int) -> None:
+    files = make_tree(tmp_path / "source", (7 << 20) + 5)
+    with (
+        shown(tmp_path, "rsplice", threads=3, readahead=readahead) as at,
+        ThreadPoolExecutor(2) as readers,
+    ):
+        device = at.mount.stat().st_dev
+        setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+        assert Path(setting).read_text() == f"{kib}\n"
+        for _ in range(3):
+            list(readers.map(lambda _n: check_tree(at.mount, files), range(2)))
+            for file in files:
+                at.drop(file.name)
+
+
+@needs_fuse
 @every_mode
 def test_a_tree_is_identical_to_concurrent_readers(tmp_path: Path, mode: str) -> None:
     files = make_tree(tmp_path / "source", (3 << 20) + 5)
@@ -860,6 +878,9 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
         (["serve", "--mount", "/"], "serve has no --mount"),
         (["fuse", "--source", "/", "--mount", "/mnt", "--count", "3"], "--count means nothing"),
         (["fuse", "--source", "/", "--mount", "/mnt", "--size", "3"], "--size means nothing"),
+        (["relay", "--readahead", "1M"], "relay has no --readahead"),
+        (["fuse", "--readahead", "4095"], "--readahead '4095' is not a size from 4096 to 1G"),
+        (["fuse", "--readahead", "much"], "--readahead 'much' is not a size"),
         (["fuse", "--mode", "x"], "its modes: copy, direct, splice, rsplice, passthrough"),
     ],
 )

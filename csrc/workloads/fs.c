@@ -610,7 +610,8 @@ static ssize_t read_rsplice(struct fs *fs, int fuse_fd, const struct fs_read *re
 	struct rsplice_fs_counts *counts = fs->counts;
 	struct rsplice_result result = {0};
 	int64_t at = (int64_t)read->offset;
-	ssize_t n = rsplice_fuse_reply(fuse_fd, read->unique, (int)read->fh, &at, read->size, 0,
+	unsigned int flags = fs->options->readahead ? RSPLICE_F_READAHEAD : 0;
+	ssize_t n = rsplice_fuse_reply(fuse_fd, read->unique, (int)read->fh, &at, read->size, flags,
 				       &result);
 
 	if (n < 0)
@@ -731,6 +732,7 @@ static int run(struct fs *fs)
 		.name = "rsplice",
 		.threads = fs->options->threads,
 		.max_read = fs->options->max_read,
+		.readahead = fs->options->readahead,
 		.read = fs_read,
 		.mounted = on_mounted,
 		.passthrough = fs->options->mode == RSPLICE_FS_PASSTHROUGH,

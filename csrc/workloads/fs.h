@@ -19,8 +19,13 @@ struct rsplice_fs_options {
 	const char *mountpoint; /* an existing directory, not inside source */
 	int mode;		/* an enum rsplice_fs_mode */
 	unsigned int threads;	/* that answer requests; 1 or more */
-	uint32_t max_read;	/* bytes of the largest READ, and of readahead */
-	uint32_t timeout_ms;	/* for which the kernel may believe names and attributes */
+	uint32_t max_read;	/* bytes of the largest READ */
+	/*
+	 * Bytes that the kernel reads ahead of a reader, and mode rsplice keeps it at that with
+	 * RSPLICE_F_READAHEAD. 0: one READ, and nothing is done for it.
+	 */
+	uint32_t readahead;
+	uint32_t timeout_ms; /* for which the kernel may believe names and attributes */
 };
 
 /* What was done to answer READs. Calls that carried nothing are not counted. */

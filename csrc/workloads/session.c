@@ -271,21 +271,25 @@ static int mount_session(void)
 	return failed ? -EIO : 0;
 }
 
-/* The kernel offers 128 KiB at most by itself. Without privilege that is what it stays at. */
-static void set_readahead(const struct fs_mount *mount)
+/*
+ * The kernel offers 128 KiB at most by itself. Without privilege that is what it stays at, which is
+ * an error where more was asked for.
+ */
+static int set_readahead(const struct fs_mount *mount)
 {
+	uint32_t asked = session.options->readahead;
 	char name[64], text[16];
-	int fd, length;
+	int fd, length, error;
 
 	snprintf(name, sizeof(name), "/sys/class/bdi/%u:%u/read_ahead_kb", mount->major,
 		 mount->minor);
-	length = snprintf(text, sizeof(text), "%u", session.options->max_read >> 10);
+	length = snprintf(text, sizeof(text), "%u",
+			  (asked ? asked : session.options->max_read) >> 10);
 	fd = open(name, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return;
-	if (write(fd, text, (size_t)length) < 0)
-		errno = 0;
-	close(fd);
+	error = fd < 0 || write(fd, text, (size_t)length) < 0 ? errno : 0;
+	if (fd >= 0)
+		close(fd);
+	return error && asked ? refuse(error, "setting the readahead, which takes root") : 0;
 }
 
 /* The first request */
@@ -502,8 +506,8 @@ static int run_mounted(const struct fs_watchdog *watchdog)
 	error = shake_hands();
 	if (error)
 		return error;
-	set_readahead(&mount);
-	return serve();
+	error = set_readahead(&mount);
+	return error ? error : serve();
 }
 
 static int run_watched(const struct fs_watchdog *watchdog, const struct fuse_lowlevel_ops *ops)

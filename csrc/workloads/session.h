@@ -22,7 +22,8 @@ struct fs_session_options {
 	const char *mountpoint; /* an existing directory */
 	const char *name;	/* of the source and subtype of the mount, as in mount(8) */
 	unsigned int threads;	/* that take requests, 1 or more */
-	uint32_t max_read;	/* bytes of the largest READ, and of readahead */
+	uint32_t max_read;	/* bytes of the largest READ */
+	uint32_t readahead;	/* bytes that the kernel reads ahead of a reader; 0: one READ */
 	/*
 	 * Answers one READ, through rsplice_fuse_reply() or fs_reply_*(). Called from any of the
 	 * threads, which have all signals blocked.

@@ -23,6 +23,7 @@ from rsplice.workloads.core import STOP_SIGNALS, Progress, Settings, Workload
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE = re.compile(r"(\d+) ?([KMG]?)(?:i?B)?", re.ASCII | re.IGNORECASE)
 _MAX_SIZE = 1 << 30
+_PAGE = 4096
 _MAX_THREADS = 64
 _MAX_COUNT = 1 << 40
 _MAX_PACED_COUNT = 1 << 16
@@ -64,6 +65,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--source", metavar="DIR", help="fuse: the directory to show on --mount")
     parser.add_argument("--mount", metavar="DIR", help="fuse: where, until a signal comes")
+    parser.add_argument(
+        "--readahead",
+        metavar="SIZE",
+        help="fuse: bytes to read ahead of a reader (default: a READ)",
+    )
     parser.add_argument("--json", action="store_true", help="only JSON, on one line")
 
 
@@ -113,7 +119,7 @@ def parse_settings(workload: Workload, options: dict[str, str | None]) -> Settin
             raise RspliceError(f"{workload.name} has no mode {mode!r}; its modes: {known}")
         settings = replace(settings, mode=mode)
     if (size := options["size"]) is not None:
-        settings = replace(settings, size=_parse_size(size))
+        settings = replace(settings, size=_parse_size("--size", size))
     if (seconds := options["seconds"]) is not None:
         # A time limit alone lifts the limit of operations.
         count = settings.count if workload.paced else None
@@ -125,32 +131,37 @@ def parse_settings(workload: Workload, options: dict[str, str | None]) -> Settin
         if workload.paced:
             raise RspliceError(f"{workload.name} has no --threads: it is made of processes")
         settings = replace(settings, threads=_parse_number("--threads", threads, _MAX_THREADS))
-    return _with_directories(workload, settings, options)
+    return _with_its_own(workload, settings, options)
 
 
-def _with_directories(
+def _with_its_own(
     workload: Workload, settings: Settings, options: dict[str, str | None]
 ) -> Settings:
-    """*settings* with the directories that some workloads take."""
+    """*settings* with what only some workloads take."""
     given: dict[str, Any] = {
         name: directory
         for name in ("source", "mount")
         if (directory := options.get(name)) is not None
     }
+    served = bool(given)
+    if (readahead := options.get("readahead")) is not None:
+        given["readahead"] = _parse_size("--readahead", readahead, least=_PAGE)
     for name in given:
         if not hasattr(settings, name):
             raise RspliceError(f"{workload.name} has no --{name}")
     for name in ("size", "count"):
-        if given and options[name] is not None:
+        if served and options[name] is not None:
             raise RspliceError(f"--{name} means nothing where a directory is served")
     return replace(settings, **given)
 
 
-def _parse_size(text: str) -> int:
+def _parse_size(option: str, text: str, least: int = 1) -> int:
     match = _SIZE.fullmatch(text)
     size = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-    if not 0 < size <= _MAX_SIZE:
-        raise RspliceError(f"--size {text!r} is not a size from 1 to 1G, such as 4096, 64K or 1M")
+    if not least <= size <= _MAX_SIZE:
+        raise RspliceError(
+            f"{option} {text!r} is not a size from {least} to 1G, such as 4096, 64K or 1M"
+        )
     return size
 
 

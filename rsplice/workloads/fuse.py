@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ class FuseSettings(Settings):
 
     source: str | None = None
     mount: str | None = None
+    readahead: int = 0  #: bytes; 0: one READ
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Server:
     """A process that serves the files of a directory on a mount point until it is told to stop.
 
     :param timeout: seconds for which the kernel may believe names and attributes
+    :param readahead: bytes that the kernel reads ahead of a reader; 0: one READ
     """
 
     def __init__(
@@ -90,10 +92,11 @@ class Server:
         threads: int = 2,
         max_read: int = MAX_READ,
         timeout: float = 0.0,
+        readahead: int = 0,
     ) -> None:
         self.mountpoint = mountpoint
         self._source = source
-        self._settings = (mode, threads, max_read, timeout)
+        self._settings = (mode, threads, max_read, timeout, readahead)
         self._module = fuse_module()
         self._crew = Crew(directory)
         self._memory = mmap.mmap(-1, 2 * _PAGE)
@@ -115,7 +118,7 @@ class Server:
 
     def _serve(self, _calls: Calls) -> None:
         ffi, lib = self._module.ffi, self._module.lib
-        mode, threads, max_read, timeout = self._settings
+        mode, threads, max_read, timeout, readahead = self._settings
         options = ffi.new("struct rsplice_fs_options *")
         source = ffi.new("char[]", os.fsencode(self._source))
         mountpoint = ffi.new("char[]", os.fsencode(self.mountpoint))
@@ -125,6 +128,7 @@ class Server:
         options.threads = threads
         options.max_read = max_read
         options.timeout_ms = round(timeout * 1000)
+        options.readahead = readahead
         if error := lib.rsplice_fs_run(options, self.counts):
             text = ffi.string(lib.rsplice_fs_message()) or os.strerror(-error).encode()
             self._memory[_PAGE : _PAGE + len(text)] = text
@@ -185,7 +189,17 @@ def run(settings: Settings, progress: Progress) -> Calls:
     return _serve_directory(settings, Path(settings.source), Path(settings.mount), progress)
 
 
-def _serve_directory(settings: Settings, source: Path, mount: Path, progress: Progress) -> Calls:
+def _server(
+    directory: Path, source: Path, mount: Path, settings: FuseSettings
+) -> AbstractContextManager[Server]:
+    """The server that the settings ask for."""
+    mode, threads, readahead = settings.mode, settings.threads, settings.readahead
+    return serving(directory, source, mount, mode, threads, readahead=readahead)
+
+
+def _serve_directory(
+    settings: FuseSettings, source: Path, mount: Path, progress: Progress
+) -> Calls:
     """Serves until a signal comes, time is up, or somebody unmounts."""
     budget = Budget(None, settings.seconds)
     try:
@@ -193,7 +207,7 @@ def _serve_directory(settings: Settings, source: Path, mount: Path, progress: Pr
     except OSError as error:
         raise RspliceError(f"{mount}: {error.strerror}") from error
     with scratch() as directory, _flag_at_signal() as is_stopped:
-        with serving(directory, source, point, settings.mode, settings.threads) as server:
+        with _server(directory, source, point, settings) as server:
             if sys.stderr.isatty():
                 print(f"{source} is shown on {mount} until Ctrl-C", file=sys.stderr)
             while not is_stopped() and budget.done < 1.0 and server.poll():
@@ -218,12 +232,12 @@ def _flag_at_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _read_scratch(settings: Settings, progress: Progress) -> Calls:
+def _read_scratch(settings: FuseSettings, progress: Progress) -> Calls:
     with scratch() as directory:
         source, mount = directory.resolve() / "source", directory.resolve() / "mnt"
         files = make_tree(source, settings.size)
         mount.mkdir()
-        with serving(directory, source, mount, settings.mode, settings.threads) as server:
+        with _server(directory, source, mount, settings) as server:
             calls = _Readers(server, source, files, settings).read(directory, progress)
         calls.merge(server.calls())
         return calls

@@ -162,13 +162,14 @@ const char *transfer_name(const struct transfer *transfer)
 {
 	static char name[256];
 
-	snprintf(name, sizeof(name), "%s -> %s, %zu bytes from %zu to %zu, %zu at a time%s%s%s%s",
+	snprintf(name, sizeof(name), "%s -> %s, %zu bytes from %zu to %zu, %zu at a time%s%s%s%s%s",
 		 origin_names[transfer->origin_kind], sink_names[transfer->sink_kind],
 		 transfer->size, transfer->from, transfer->start, transfer->len,
 		 transfer->positions ? ", own positions" : "",
 		 transfer->flags & RSPLICE_F_NONBLOCK ? ", NONBLOCK" : "",
 		 transfer->flags & RSPLICE_F_STRICT ? ", STRICT" : "",
-		 transfer->flags & RSPLICE_F_SHARE ? ", SHARE" : "");
+		 transfer->flags & RSPLICE_F_SHARE ? ", SHARE" : "",
+		 transfer->flags & RSPLICE_F_READAHEAD ? ", READAHEAD" : "");
 	return name;
 }
 

@@ -58,11 +58,15 @@ static void bad_arguments(void)
 	CHECK_FAILS(to(ends[1], -1, 1, 0), EBADF);
 	CHECK_FAILS(to(ends[1], file, 1, 0x4000), EINVAL);
 	CHECK_FAILS(to(ends[1], file, 1, RSPLICE_F_EXACT), EINVAL);
+	CHECK_FAILS(to(ends[1], file, 1, RSPLICE_F_READAHEAD), EINVAL);
 	CHECK_FAILS(to(ends[1], file, (size_t)SSIZE_MAX + 1, 0), EINVAL);
 	CHECK_FAILS(at(file, -1, ends[1], -2, 1), EINVAL);
 	CHECK_FAILS(at(file, INT64_MIN, ends[1], -2, 1), EINVAL);
 	CHECK_FAILS(at(zero, -1, ends[1], -2, 1), EINVAL);
 	CHECK_FAILS(rsplice_fuse_reply(ends[1], 1, file, &offset, 1, RSPLICE_F_MORE, NULL), EINVAL);
+	CHECK_FAILS(rsplice_fuse_reply(ends[1], 1, file, &offset, PAGE,
+				       RSPLICE_F_STRICT | RSPLICE_F_READAHEAD, NULL),
+		    EINVAL);
 	CHECK_FAILS(rsplice_fuse_reply(ends[1], 1, file, &offset, (1UL << 28) + 1, 0, NULL),
 		    EINVAL);
 	CHECK_FAILS(rsplice_batch(none, 1, 0), EINVAL);
@@ -449,9 +453,9 @@ static void texts(void)
 
 	about("texts");
 	CHECK(!*rsplice_why(0));
-	for (bit = 0; bit < 7; bit++)
+	for (bit = 0; bit < 8; bit++)
 		CHECK(*rsplice_why(1u << bit));
-	CHECK(!*rsplice_why(1u << 7) && !*rsplice_why(1u << 31));
+	CHECK(!*rsplice_why(1u << 8) && !*rsplice_why(1u << 31));
 	CHECK(!strcmp(rsplice_why(0x50), rsplice_why(0x10)));
 	CHECK(*rsplice_version());
 }

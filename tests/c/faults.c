@@ -163,6 +163,11 @@ static void run_pair(enum origin_kind origin, enum sink_kind sink)
 		transfer.positions = sink != SINK_FUSE;
 		run_faults(transfer);
 	}
+	if (origin == ORIGIN_DIRECT && sink == SINK_FUSE) {
+		transfer.from = 0;
+		transfer.flags = RSPLICE_F_READAHEAD;
+		run_faults(transfer);
+	}
 	if (origin == ORIGIN_UNIX || origin == ORIGIN_TMPFS) {
 		transfer.flags |= RSPLICE_F_SHARE;
 		run_faults(transfer);

@@ -115,6 +115,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	transfer.flags |= take(&input, 4) ? 0 : RSPLICE_F_STRICT;
 	if (transfer.sink_kind != SINK_FUSE)
 		transfer.flags |= take(&input, 4) ? 0 : RSPLICE_F_SHARE;
+	else if (!(transfer.flags & RSPLICE_F_STRICT))
+		transfer.flags |= take(&input, 4) ? 0 : RSPLICE_F_READAHEAD;
 	/* A cut message is the end of what the next one can be compared with. */
 	if (transfer.origin_kind == ORIGIN_DGRAM && transfer.len < MESSAGE)
 		transfer.len += MESSAGE;

@@ -69,6 +69,8 @@ static void round_of_calls(void)
 	/* What is wrong beyond a fault: STRICT where it cannot be. */
 	if (!draw(4))
 		transfer.flags |= RSPLICE_F_STRICT;
+	else if (!draw(2) && transfer.sink_kind == SINK_FUSE)
+		transfer.flags |= RSPLICE_F_READAHEAD;
 	if (!draw(4) && transfer.sink_kind != SINK_FUSE)
 		transfer.flags |= RSPLICE_F_SHARE;
 	/* What cannot be read again may be lost to these, and no kernel interrupts for ever. */

@@ -38,7 +38,10 @@ static void check_dispositions(const struct transfer *transfer)
 		CHECK_EQUAL(memory ? total->moved : total->direct, 0);
 		if (!memory && !fuse)
 			CHECK_EQUAL(total->moved, taken);
-		CHECK(!(total->why & ~(RSPLICE_WHY_PARTIAL | RSPLICE_WHY_ALIGNMENT)));
+		CHECK(!(total->why &
+			~(RSPLICE_WHY_PARTIAL | RSPLICE_WHY_ALIGNMENT | RSPLICE_WHY_READAHEAD)));
+		CHECK(!(total->why & RSPLICE_WHY_READAHEAD) ||
+		      transfer->flags & RSPLICE_F_READAHEAD);
 		break;
 	case ORIGIN_TMPFS:
 		if (transfer->flags & RSPLICE_F_SHARE && !memory && !fuse)
@@ -132,17 +135,19 @@ static void try_strictly(struct transfer transfer)
 
 static void try_all_flags(struct transfer transfer)
 {
-	static const unsigned int flags[] = {0, RSPLICE_F_NONBLOCK, RSPLICE_F_SHARE,
-					     RSPLICE_F_MORE};
+	static const unsigned int flags[] = {0, RSPLICE_F_NONBLOCK, RSPLICE_F_SHARE, RSPLICE_F_MORE,
+					     RSPLICE_F_READAHEAD};
 	size_t i;
 
 	for (i = 0; i < sizeof(flags) / sizeof(flags[0]); i++) {
+		if (flags[i] == RSPLICE_F_READAHEAD && transfer.sink_kind != SINK_FUSE)
+			continue;
 		/* Of these rsplice_fuse_reply() has no MORE, and TCP would wait with it. */
 		if (flags[i] == RSPLICE_F_MORE && transfer.sink_kind >= SINK_TCP)
 			continue;
 		transfer.flags = flags[i];
 		try_transfer(transfer);
-		if (flags[i] != RSPLICE_F_MORE)
+		if (flags[i] != RSPLICE_F_MORE && flags[i] != RSPLICE_F_READAHEAD)
 			try_strictly(transfer);
 	}
 }
@@ -211,6 +216,25 @@ static void try_pair(enum origin_kind origin, enum sink_kind sink)
 		try_transfer(transfer);
 }
 
+/* Which pages of a reply are copied for the mark of readahead: of 16, and of 255. */
+static void try_readahead(size_t pages, size_t copied)
+{
+	struct transfer transfer = {.origin_kind = ORIGIN_DIRECT,
+				    .sink_kind = SINK_FUSE,
+				    .size = pages * PAGE,
+				    .len = pages * PAGE,
+				    .flags = RSPLICE_F_READAHEAD};
+
+	if (!begin(&transfer))
+		return;
+	CHECK_EQUAL(transfer_step(&transfer), pages * PAGE);
+	CHECK_EQUAL(transfer.total.moved + transfer.total.unknown, (pages - copied) * PAGE);
+	CHECK_EQUAL(transfer.total.copied, copied * PAGE);
+	CHECK_EQUAL(transfer.total.why, RSPLICE_WHY_READAHEAD);
+	transfer_end(&transfer);
+	tried++;
+}
+
 int main(int argc, char **argv)
 {
 	int origin, sink, i;
@@ -221,6 +245,9 @@ int main(int argc, char **argv)
 		for (sink = 0; sink < NR_SINKS; sink++)
 			try_pair(origin, sink);
 	}
+	try_readahead(1, 1);
+	try_readahead(16, 6);	/* 0, 1, 2, 4, 8 and 12 */
+	try_readahead(255, 10); /* 0, the powers of two to 128, and 192 */
 	printf("%u transfers\n", tried);
 	for (i = 0; i < NR_ORIGINS + NR_SINKS; i++) {
 		if (lacking[i])

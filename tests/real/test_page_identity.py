@@ -32,6 +32,7 @@ pytestmark = pytest.mark.privileged
 PAGE = 4096
 PAGES, TAIL = 16384, 101  # 64 MiB
 TWIN_PAGES = 211
+SMALL_READ_PAGES = 2053
 HEADER = 16  # struct fuse_out_header
 FOLLOWED = 31
 
@@ -67,13 +68,18 @@ def make_file(path: Path, pages: int) -> None:
         os.fsync(file.fileno())
 
 
-def command(mode: str, source: Path, mount: Path) -> list[str | Path]:
-    options = ["--mode", mode, "--threads", "2"]
+def command(mode: str, source: Path, mount: Path, *more: str) -> list[str | Path]:
+    options = ["--mode", mode, "--threads", "2", *more]
     return [*RSPLICE, "workload", "fuse", *options, "--source", source, "--mount", mount]
 
 
-def read_watched(probes: PipeFrames, running: Popen[bytes], source: Path, mount: Path) -> list[int]:
-    """The frames of the mount's file, of a server whose replies are noted from the first on."""
+def read_watched(
+    probes: PipeFrames, running: Popen[bytes], source: Path, mount: Path, first: int = 0
+) -> list[int]:
+    """The frames of the mount's file, of a server whose replies are noted from the first on.
+
+    :param first: bytes that are read at a time from start to end before the file is mapped, if any
+    """
     until = time.monotonic() + 30.0
     while not os.path.ismount(mount):
         assert time.monotonic() < until and running.poll() is None, "not mounted"
@@ -85,9 +91,11 @@ def read_watched(probes: PipeFrames, running: Popen[bytes], source: Path, mount:
     ]
     probes.watch(server)
     with (
-        open(mount / "file", "rb") as shown,
+        open(mount / "file", "rb", buffering=0) as shown,
         mmap.mmap(shown.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping,
     ):
+        while first and shown.read(first):
+            pass
         frames = frames_of(mapping, str(mount / "file"))
         assert mapping[:] == (source / "file").read_bytes()
     return frames
@@ -148,6 +156,41 @@ def test_pages_that_are_copied_are_other_pages(source: Path, mount: Path) -> Non
         assert running.wait(30) == 0
     assert frames_before(answers, TWIN_PAGES) == lent[:TWIN_PAGES]
     assert not set(lent) & set(shown)
+
+
+def read_on(source: Path, mount: Path, *options: str) -> tuple[list[Answer], list[int]]:
+    """A file that is read from start to end by small reads: the replies, and the frames."""
+    make_file(source / "file", SMALL_READ_PAGES)
+    with (
+        pipe_frames() as probes,
+        process(command("rsplice", source, mount, *options), stdout=subprocess.DEVNULL) as running,
+    ):
+        shown = read_watched(probes, running, source, mount, 16 * PAGE)
+        answers = probes.answers()
+        running.terminate()
+        assert running.wait(30) == 0
+    return answers, shown
+
+
+def test_reading_ahead_copies_a_few_pages_and_moves_all_others(source: Path, mount: Path) -> None:
+    """With the mark of readahead left in place READs grow; the twin loses it with each page."""
+    answers, shown = read_on(source, mount, "--readahead", "512K")
+    before = frames_before(answers, SMALL_READ_PAGES)
+    copied = {n for n, (one, other) in enumerate(zip(before, shown, strict=False)) if one != other}
+    marked = {answer.offset // PAGE + n for answer in answers for n in marked_pages(answer)}
+    assert copied == {n for n in marked if n < SMALL_READ_PAGES}
+    assert 0 < len(copied) < SMALL_READ_PAGES // 8
+    twin, shown = read_on(source, mount)
+    assert frames_before(twin, SMALL_READ_PAGES) == shown[:-1]
+    assert len(answers) < len(twin) // 2
+
+
+def marked_pages(answer: Answer) -> set[int]:
+    """The pages of a reply that may carry the mark: see RSPLICE_F_READAHEAD in rsplice(3)."""
+    pages = len(answer.buffers) - 1
+    powers = {1 << n for n in range(pages.bit_length())}
+    found = {0, pages - pages // 2, pages - pages // 4} | powers
+    return {page for page in found if page < pages}
 
 
 def test_every_whole_page_is_moved_and_the_tail_alone_is_copied(served: Served) -> None:
