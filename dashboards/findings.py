@@ -13,7 +13,7 @@ from rsplice.dashboards import phrases
 from rsplice.dashboards.journeys import story_lines, wrapped
 from rsplice.dashboards.table import Column, header, row
 from rsplice.dashboards.text import sanitise
-from rsplice.journey import Journeys
+from rsplice.journey import Journeys, Story
 
 STYLES = {"violation": "bold red", "hazard": "yellow", "missed move": "cyan"}
 COLUMNS = (Column("COUNT", 9), Column("FIRST", 10), Column("LAST", 10))
@@ -72,11 +72,16 @@ def detail_lines(found: Finding, journeys: Journeys | None, width: int) -> Itera
     for label, sentence in facts(found):
         yield from wrapped(f"  {label:{_LABEL}}{sentence}", " " * (_LABEL + 2), width)
     yield Text()
-    story = journeys.of_finding(found.label, found.first.get("page_frame")) if journeys else None
-    if story:
+    stories = stories_of(found, journeys)
+    for story in stories:
         yield from story_lines(story, width)
-    else:
+    if not stories:
         yield from wrapped(f"  {'journey':{_LABEL}}{_absent(journeys)}", " " * (_LABEL + 2), width)
+
+
+def stories_of(found: Finding, journeys: Journeys | None) -> list[Story]:
+    """The journeys of pages that a finding is about."""
+    return journeys.of_finding(found.label, found.first.get("page_frame")) if journeys else []
 
 
 def _absent(journeys: Journeys | None) -> str:

@@ -17,7 +17,7 @@ from rsplice.audit import (
     RspliceCalls,
 )
 from rsplice.dashboards import phrases
-from rsplice.dashboards.findings import facts, when
+from rsplice.dashboards.findings import facts, stories_of, when
 from rsplice.dashboards.journeys import elapsed, heading, state_of, title
 from rsplice.dashboards.text import command_line, sanitise
 from rsplice.journey import Journeys, Step, Story
@@ -184,11 +184,10 @@ def _finding(found: Finding, journeys: Journeys | None) -> str:
         f"<tr><th>{_safe(label)}</th><td>{_safe(sentence)}</td></tr>"
         for label, sentence in facts(found)
     )
-    followed = journeys.stories if journeys and journeys.finding else []
-    stories = (_story(story) for story in followed if found.label in story.findings)
+    stories = stories_of(found, journeys if journeys and journeys.finding else None)
     return (
         f'<h3><span class="{kind}">{_safe(phrases.finding(found))}</span>, {_safe(times)}</h3>'
-        f'<table class="text facts">{rows}</table>{"".join(stories)}'
+        f'<table class="text facts">{rows}</table>{"".join(map(_story, stories))}'
     )
 
 

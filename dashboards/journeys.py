@@ -16,6 +16,8 @@ _TIME = 10  #: columns
 _WHAT = 14
 _MARGIN = " " * (_TIME + 2)
 _DETAILS_MIN = 20
+#: Of a story in brief: steps from its beginning, and those before a finding.
+_FIRST_STEPS, _STEPS_BEFORE = 4, 6
 
 
 def journey_lines(journeys: Journeys | None, width: int) -> Iterator[Text]:
@@ -50,12 +52,21 @@ def title(journeys: Journeys) -> str:
     return f"{pages}, the first that were seen queued in a pipe"
 
 
-def story_lines(story: Story, width: int) -> Iterator[Text]:
-    """One story, no line wider than *width*."""
+def story_lines(story: Story, width: int, *, brief: bool = False) -> Iterator[Text]:
+    """One story, no line wider than *width*.
+
+    :param brief: leave out steps between its beginning and what led to a finding
+    """
     yield from wrapped(heading(story), "    ", width, style="bold")
     start = story.steps[0].time_ns if story.steps else 0
     before = ""
-    for step in story.steps:
+    left_out = _left_out(story) if brief else range(0)
+    for number, step in enumerate(story.steps):
+        if number in left_out:
+            if number == left_out[0]:
+                text = f"{plural(len(left_out), 'step')} left out here, all in the JSON"
+                yield from wrapped(_MARGIN + text, _MARGIN, width, style="dim")
+            continue
         yield from _step_lines(step, step.time_ns - start, width)
         state = state_of(step)
         if state and state != before:
@@ -64,6 +75,12 @@ def story_lines(story: Story, width: int) -> Iterator[Text]:
     if story.unkept:
         unkept = f"and {plural(story.unkept, 'event')} more, which were counted, not kept"
         yield from wrapped(_MARGIN + unkept, _MARGIN, width, style="yellow")
+
+
+def _left_out(story: Story) -> range:
+    whats = [step.what for step in story.steps]
+    found = whats.index("finding") if "finding" in whats else len(whats)
+    return range(_FIRST_STEPS, found - _STEPS_BEFORE)
 
 
 def heading(story: Story) -> str:

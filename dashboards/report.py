@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rsplice.audit import Audit, Counts, PageCounts, Path, RspliceCalls
 from rsplice.dashboards import phrases
-from rsplice.dashboards.findings import STYLES
+from rsplice.dashboards.findings import STYLES, stories_of
 from rsplice.dashboards.journeys import journey_lines, story_lines
 from rsplice.dashboards.table import Column, header, tall_row
 from rsplice.dashboards.text import command_line, emit, sanitise
@@ -180,14 +180,13 @@ def _call_lines(name: str, calls: RspliceCalls, width: int) -> Iterator[Text]:
 
 def _finding_lines(audit: Audit, width: int) -> Iterator[Text]:
     """Each finding, with the journeys of its pages where those were asked for."""
-    followed = audit.journeys.stories if audit.journeys and audit.journeys.finding else []
+    journeys = audit.journeys if audit.journeys and audit.journeys.finding else None
     for found in phrases.by_kind(audit.findings):
         yield Text(phrases.finding(found), style=STYLES.get(found.kind, ""))
         first = phrases.first_seen(found)
         yield from _notes(first and f"first: {first}", found.advice)
-        for story in followed:
-            if found.label in story.findings:
-                yield from story_lines(story, width)
+        for story in stories_of(found, journeys):
+            yield from story_lines(story, width, brief=True)
     if audit.findings:
         yield Text()
 

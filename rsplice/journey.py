@@ -157,15 +157,14 @@ class Journeys:
     events_lost: int = 0  #: a story may lack a line if this is not 0
     finding: str = ""  #: the name of the finding whose pages were asked for, or "any"
 
-    def of_finding(self, label: str, frame: object = None) -> Story | None:
-        """The story of a page that a finding is about; None if none was followed.
+    def of_finding(self, label: str, frame: object = None) -> list[Story]:
+        """The stories of pages that a finding is about, as many as were asked for at most.
 
         :param label: of the finding
-        :param frame: the page frame of its first occurrence, whose story is preferred
+        :param frame: the page frame of its first occurrence, whose story comes first
         """
         told = [story for story in self.stories if label in story.findings]
-        first = [story for story in told if story.has_frame(frame)]
-        return next(iter(first + told), None)
+        return sorted(told, key=lambda story: not story.has_frame(frame))[: self.asked]
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "stories": [story.to_json() for story in self.stories]}

@@ -3,6 +3,7 @@
 
 A recording is a file of JSON lines: a header ``{"schema": "rsplice.recording/1", ...}``, then a
 line ``{"t": seconds, "audit": {...}}`` for each snapshot, the last one with ``"end": true``.
+An audit without ``journeys`` has those of the snapshot before; the last one has its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import cache
 from types import TracebackType
@@ -24,6 +26,7 @@ from rsplice import __version__
 from rsplice.audit import Audit
 from rsplice.dashboards.text import sanitise
 from rsplice.errors import RspliceError
+from rsplice.journey import Journeys
 
 SCHEMA = "rsplice.recording/1"
 _HEADER_MAX = 1 << 20  #: bytes
@@ -41,6 +44,7 @@ class Recorder:
 
     def __init__(self, path: str, command: Sequence[str] = ()) -> None:
         self._path = path
+        self._journeys: Journeys | None = None  #: those written last
         try:
             _refuse_special(path)
             number, temporary = tempfile.mkstemp(".tmp", ".rsplice-", os.path.dirname(path) or ".")
@@ -60,7 +64,10 @@ class Recorder:
 
         :raises RspliceError: it cannot be written (a full disk)
         """
-        entry = {"t": round(audit.duration_s, 6), "audit": audit.to_json()}
+        entry: dict[str, Any] = {"t": round(audit.duration_s, 6), "audit": audit.to_json()}
+        if audit.journeys and audit.journeys == self._journeys and not end:
+            del entry["audit"]["journeys"]
+        self._journeys = deepcopy(audit.journeys)
         self._line(entry | {"end": True} if end else entry)
 
     def close(self) -> None:
@@ -101,6 +108,7 @@ def _refuse_special(path: str) -> None:
 class _Snapshot(NamedTuple):
     at: float
     line: bytes
+    journeys: bytes  #: the line that has its journeys; b"" if none has
 
 
 class Recording:
@@ -161,13 +169,17 @@ class Recording:
         return (now - self._started) * self._speed
 
     def _audit(self, index: int) -> Audit:
-        return parse_audit(json.loads(self._snapshots[index].line)["audit"])
+        snapshot = self._snapshots[index]
+        data = json.loads(snapshot.line)["audit"]
+        if snapshot.journeys and not data.get("journeys"):
+            data["journeys"] = json.loads(snapshot.journeys)["audit"]["journeys"]
+        return parse_audit(data)
 
     def _read(self, file: BinaryIO) -> Iterator[_Snapshot]:
-        last = 0.0
+        last, journeys = 0.0, b""
         for number, line in enumerate(file, start=2):
             try:
-                snapshot, end = _read_snapshot(line, last)
+                snapshot, end = _read_snapshot(line, last, journeys)
             except ValueError as error:
                 if line.endswith(b"\n"):
                     raise ValueError(f"line {number}: {error}") from error
@@ -175,7 +187,7 @@ class Recording:
                 return
             if end:
                 self.cut_short = ""
-            last = snapshot.at
+            last, journeys = snapshot.at, snapshot.journeys
             yield snapshot
 
 
@@ -189,7 +201,7 @@ def _read_header(file: BinaryIO) -> None:
         raise ValueError(f"its first line lacks the schema {SCHEMA}")
 
 
-def _read_snapshot(line: bytes, earliest: float) -> tuple[_Snapshot, bool]:
+def _read_snapshot(line: bytes, earliest: float, journeys: bytes) -> tuple[_Snapshot, bool]:
     entry = _decode(line)
     if not isinstance(entry, dict) or "audit" not in entry:
         raise ValueError("no snapshot")
@@ -197,8 +209,8 @@ def _read_snapshot(line: bytes, earliest: float) -> tuple[_Snapshot, bool]:
     _check(at, float, "t")
     if at < earliest:
         raise ValueError("time runs backwards")
-    parse_audit(entry["audit"])
-    return _Snapshot(at, line), bool(entry.get("end"))
+    has_journeys = parse_audit(entry["audit"]).journeys is not None
+    return _Snapshot(at, line, line if has_journeys else journeys), bool(entry.get("end"))
 
 
 def load_audit(path: str) -> Audit:

@@ -14,7 +14,7 @@ from types import FrameType
 
 from rsplice.audit import Accuracy, Audit
 from rsplice.errors import RspliceError
-from rsplice.journey import Event, Journeys, Request, tell
+from rsplice.journey import Event, Journeys, Request, tell, without_candidates
 from rsplice.launch import Command
 from rsplice.ledger import Ledger
 from rsplice.tracers import usdt
@@ -24,6 +24,8 @@ from rsplice.tracers.tracer import Tracer
 
 #: How often, in seconds, it is looked whether descendants of an ended command go on.
 _LINGER = 0.05
+#: How often, in seconds, room is made for more pages that a finding may be about.
+_DRAIN = 0.5
 
 
 class Session:
@@ -109,6 +111,9 @@ class Session:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
+            if self.tracer.journeys and self.tracer.journeys.request.finding:
+                self._drain(self.tracer.journeys)
+                left = min(left, _DRAIN)
             if self.command and self.command.status is None:
                 if select.select([self.command.fd], [], [], left)[0]:
                     self.command.wait()
@@ -159,8 +164,17 @@ class Session:
 
     def _read_journeys(self, followed: Follower) -> Journeys:
         """The stories so far."""
-        self._events += followed.read(self.tracer.counters.kind, self.tracer.frame_of)
+        self._drain(followed)
         return tell(self._events, followed.request, followed.beyond(), followed.lost())
+
+    def _drain(self, followed: Follower) -> None:
+        """Takes what was told of pages since the last time."""
+        live = followed.live() if followed.request.finding else set()
+        fresh = followed.read(self.tracer.counters.kind, self.tracer.frame_of)
+        if followed.request.finding:
+            self._events = without_candidates(self._events, fresh, live)
+        else:
+            self._events += fresh
 
 
 def kernel_version(release: str | None = None) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 
 from rsplice.audit import Audit
 from rsplice.cli import main
-from rsplice.dashboards.journeys import elapsed, journey_lines
+from rsplice.dashboards.journeys import elapsed, journey_lines, story_lines
 from rsplice.dashboards.report import print_report
 from rsplice.errors import RspliceError
 from rsplice.journey import (
@@ -34,15 +34,18 @@ from rsplice.journey import (
     Story,
     chrome_trace,
     tell,
+    without_candidates,
 )
 from rsplice.recording import parse_audit
 from rsplice.tracers import journey as tracer
 from rsplice.tracers.btf import RUNNING, Btf
+from rsplice.tracers.findings import NAMES
 from tests.support.kernel_btf import SUITES
 from tests.test_layouts import read
 from tests.test_report import EVIL, EVIL_SHOWN
 
-PAGE_STEPS = [step for step in STEPS if step not in ("freed", "mark")]
+PAGE_STEPS = [step for step in STEPS if step not in ("freed", "mark", "finding")]
+LABELS = ("stranded", "steal-refused: dirty", "steal-refused: large folio")
 
 
 def event(time: int, step: str, page: int = 0, **fields: Any) -> Event:
@@ -72,6 +75,9 @@ def lives(draw: st.DrawFn) -> list[Event]:
             for t, s, c in zip(times, steps, calls, strict=True)
         ]
         own[0] = replace(own[0], first=True, born=draw(st.sampled_from([0, 700, 1000])))
+        for label in draw(st.lists(st.sampled_from(LABELS), max_size=2, unique=True)):
+            time = 5001 + LABELS.index(label)  # unlike those of others
+            own.append(event(time, "finding", page, finding=label))
         if draw(st.booleans()):
             own.append(event(draw(st.integers(1000, 5000)), "freed", page))
         events += own
@@ -119,6 +125,62 @@ def test_the_order_of_arrival_does_not_matter(events: list[Event]) -> None:
         return [sorted(map(str, story.steps)) for story in journeys.stories]
 
     assert key(tell(events)) == key(tell(events[::-1]))
+
+
+@given(lives())
+def test_stories_of_findings_are_those_and_no_others(events: list[Event]) -> None:
+    everything = tell(events).stories
+    journeys = tell(events, Request(1, finding="any"))
+    found = [e.page for e in events if e.finding]
+    assert [s.steps for s in journeys.stories] == [
+        s.steps for s in everything if s.page - 1 in found
+    ]
+    assert [s.page for s in journeys.stories] == [*range(1, len(journeys.stories) + 1)]
+    for story in everything:
+        own = [e for e in events if e.finding and e.page == story.page - 1]
+        assert set(story.findings) == {e.finding for e in own}
+        told = [step.detail for step in story.steps if step.what == "finding"]
+        assert sorted(told) == sorted(e.finding for e in own)
+
+
+@given(lives(), st.data())
+def test_candidates_are_forgotten_and_nothing_else(
+    events: list[Event], data: st.DataObject
+) -> None:
+    """Read in several parts, with pages that end in between: stories are those of one reading."""
+    # A mark is told only once a page of its call has been.
+    told = {e.call: e.time for e in sorted(events, key=lambda e: -e.time) if not e.is_mark}
+    events = [e for e in events if not e.is_mark or e.time > told.get(e.call, e.time)]
+    in_time = sorted(events, key=lambda e: e.time)
+    kept: list[Event] = []
+    at = 0
+    while at < len(in_time):
+        # What is still to come of a page comes while it is followed.
+        live = {e.page for e in in_time[at:] if not e.is_mark}
+        until = data.draw(st.integers(at + 1, len(in_time)))
+        kept = without_candidates(kept, in_time[at:until], live)
+        at = until
+    request = Request(1, finding="any")
+    assert tell(kept, request) == tell(events, request)
+    left = {e.page for e in without_candidates(kept, [], set()) if not e.is_mark}
+    assert left == {e.page for e in events if e.finding}
+
+
+@given(lives(), st.integers(1, 3), st.integers(0, 40))
+def test_a_finding_has_the_stories_of_its_pages(
+    events: list[Event], asked: int, frame: int
+) -> None:
+    framed = [replace(e, frame=10 * e.page, pages=4) for e in events]
+    journeys = tell(framed, Request(asked, finding="any"))
+    for label in LABELS:
+        own = {e.page for e in framed if e.finding == label}
+        stories = journeys.of_finding(label, frame)
+        assert len(stories) == min(asked, len(own))
+        assert {story.frame for story in stories} <= {10 * page for page in own}
+        if frame // 10 in own and frame % 10 < 4:
+            assert stories[0].frame == frame // 10 * 10, "that of the first occurrence"
+    assert journeys.of_finding("other") == []
+    assert all(s.has_frame(s.frame) and not s.has_frame(None) for s in journeys.stories)
 
 
 def test_what_a_call_took_comes_before_the_end_that_it_led_to() -> None:
@@ -261,6 +323,8 @@ def test_the_trace_is_one_that_perfetto_reads(events: list[Event]) -> None:
         track = [e for e in trace if e["tid"] == story.page and e["ph"] != "M"]
         assert len(track) == len(story.steps)
         assert [e["ts"] for e in track] == sorted(e["ts"] for e in track)
+        moments = [e for e in track if e["ph"] == "i"]
+        assert {e["cat"] for e in moments} <= {"librsplice", "finding"}
         slices = [e for e in track if e["ph"] == "X"]
         for one, other in zip(slices, slices[1:], strict=False):
             assert one["ts"] + one["dur"] == pytest.approx(other["ts"], abs=1e-3)
@@ -315,6 +379,20 @@ def test_a_story_as_it_is_printed() -> None:
     ]
 
 
+def test_a_long_story_in_brief_has_its_beginning_and_what_led_to_the_finding() -> None:
+    steps = [Step(0, "found"), *(Step(n, "queued", f"step {n}") for n in range(1, 40))]
+    steps += [Step(40, "finding", "stranded"), Step(41, "freed")]
+    story = Story(1, steps, findings=["stranded"])
+    lines = [line.plain for line in story_lines(story, 80, brief=True)]
+    assert [line.split()[-1] for line in lines if " step " in line] == [
+        *"123", *map(str, range(34, 40))
+    ]  # fmt: skip
+    assert "            30 steps left out here, all in the JSON" in lines
+    assert len(list(story_lines(story, 80))) == 1 + len(steps)
+    short = Story(1, steps[:8] + steps[40:])
+    assert len(list(story_lines(short, 80, brief=True))) == 1 + len(short.steps)
+
+
 def test_without_pages_it_says_so() -> None:
     assert next(journey_lines(Journeys(), 80)).plain.endswith("no page was seen queued in a pipe")
     assert list(journey_lines(None, 80)) == []
@@ -340,6 +418,12 @@ def test_times(nanoseconds: int, shown: str) -> None:
         (["--journey=2", "--identity", "off"], "leave out --identity off"),
         (["--json", "-", "--journey-json", "-"], "cannot both go to standard output"),
         (["--journey-json", "/nonexistent/a"], "there is no directory"),
+        (["--journey-finding", "any", "--journey-file", "a"], "cannot be combined"),
+        (["--journey-finding", "any", "--identity", "sample"], "leave out --identity"),
+        (
+            ["--journey-finding", EVIL],
+            f"no finding is called {EVIL_SHOWN}; there are steal-refused, ",
+        ),
     ],
 )
 def test_options_that_cannot_be(
@@ -349,6 +433,31 @@ def test_options_that_cannot_be(
         raise SystemExit(main(["audit", *options, "--", "true"]))
     assert ended.value.code == 125
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["live"], ["record", "-o", "/nonexistent/a"]])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--journey=33"], f"from 1 to {PAGES_MAX}"),
+        (["--journey", "--identity", "sample"], "leave out --identity"),
+    ],
+)
+def test_options_of_live_and_record_that_cannot_be(
+    command: list[str], options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main([*command, *options, "--", "true"]))
+    assert ended.value.code == 125
+    assert part in capsys.readouterr().err
+
+
+def test_each_finding_has_a_bit_of_its_own() -> None:
+    bits = [tracer.finding_bits(name) for name in NAMES[1:]]
+    assert len({*bits}) == len(bits) and all(bit.bit_count() == 1 for bit in bits)
+    assert tracer.finding_bits("any") == sum(bits)
+    assert tracer.finding_bits("") == 0
+    assert tracer.finding_bits("leaked") == 1 << NAMES.index("leaked")
 
 
 def test_a_file_that_has_no_page_cache_is_refused(tmp_path: Path) -> None:

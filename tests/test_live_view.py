@@ -271,7 +271,7 @@ def followed_finding(*labels: str) -> Audit:
               findings=[label], frame=4711 + 100 * (number - 2), pages=4)
         for number, label in enumerate(labels, start=1)
     ]  # fmt: skip
-    audit.journeys = Journeys(stories=stories, finding="any")
+    audit.journeys = Journeys(1, stories=stories, finding="any")
     return audit
 
 

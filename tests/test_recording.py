@@ -17,6 +17,7 @@ import pytest
 from rsplice.audit import Audit
 from rsplice.dashboards.live import Holdable
 from rsplice.errors import RspliceError
+from rsplice.journey import Journeys, Step, Story
 from rsplice.recording import Recorder, Recording, load_audit, parse_audit
 from tests.test_report import EVIL, audit_of, read_path, sample
 
@@ -64,6 +65,35 @@ def test_everything_comes_back(tmp_path: File) -> None:
     recording = Recording(str(tmp_path / "r"))
     assert recording.final == recording.snapshot() == sample()
     assert recording.cut_short == ""
+
+
+def with_journeys(at: float, steps: int) -> Audit:
+    """A snapshot of one page that so many steps are known of; of none where there are none."""
+    journeys = Journeys(1, "", [], 0, "any")
+    if steps:
+        told = [Step(n, "queued", EVIL, 7, EVIL, 1, 0, ["lru"], EVIL) for n in range(steps)]
+        journeys.stories = [Story(1, told, frame=4711, findings=["stranded"])]
+    return replace(audit_at(at), journeys=journeys)
+
+
+def test_journeys_are_kept_once_and_shown_in_each_snapshot(tmp_path: File) -> None:
+    path = tmp_path / "r"
+    steps = [0, 0, 3, 3, 3, 5, 5, 5]
+    audits = [with_journeys(float(at), number) for at, number in enumerate(steps)]
+    with Recorder(str(path)) as recorder:
+        for audit in audits:
+            recorder.write(audit, end=audit is audits[-1])
+    kept = ["journeys" in json.loads(line)["audit"] for line in path.read_text().splitlines()[1:]]
+    assert kept == [True, False, True, False, False, True, False, True]
+    recording, clock = play(path)
+    for audit in audits:
+        assert recording.snapshot() == audit
+        clock.now += 1
+    assert recording.final == audits[-1]
+
+
+def test_recordings_without_journeys_have_none(tmp_path: File) -> None:
+    assert Recording(str(record(tmp_path / "r", 2.0, 3.0))).final.journeys is None
 
 
 def test_it_plays_in_recorded_time(tmp_path: File) -> None:

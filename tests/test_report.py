@@ -418,7 +418,7 @@ def followed(*labels: str, finding: str = "any") -> Journeys:
               frame=4711, findings=[label], unkept=3)
         for n, label in enumerate(labels, start=1)
     ]  # fmt: skip
-    return Journeys(1, "", stories, 2, finding)
+    return Journeys(2, "", stories, 2, finding)
 
 
 def test_journeys_of_findings_are_told_with_them() -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from rsplice.audit import MissingProbe
+from rsplice.audit import MissingProbe, finding_label
 from rsplice.errors import RspliceError
-from rsplice.journey import HOWS, MARKS, SHARE, STEPS, Event, Request
-from rsplice.tracers import operations
+from rsplice.journey import ANY_FINDING, HOWS, MARKS, PAGES_MAX, SHARE, STEPS, Event, Request
+from rsplice.tracers import findings, operations
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.layout import Field, Layout
 from rsplice.tracers.program import BpfError, Program
@@ -91,9 +91,24 @@ _FLAGS = ("locked", "referenced", "uptodate", "dirty", "lru", "active", "writeba
 _PAGE = mmap.PAGESIZE
 # bpf/journey.c: struct journey_event
 _EVENT = struct.Struct("=12Q6I2i6I16s16s32s")
-_TARGET = struct.Struct("=QQ")
+_TARGET = struct.Struct("=QQQ")  # struct target
+_NUMBER = struct.Struct("=I")  # of a page: also the first word of struct journey
 # include/uapi/linux/bpf.h
 _BUSY, _DISCARD, _HEADER = 1 << 31, 1 << 30, 8
+
+
+#: Where pages of findings are followed: so many are kept, of the PAGES_MAX that are followed.
+_KEPT = 24
+#: Events that are kept of a page from its finding on, its end not counted.
+_AFTER = 16
+#: Pages that are tried at most between two looks at the ring, which holds their events.
+_TRIES = 1024
+
+
+def finding_bits(name: str) -> int:
+    """The bit of the finding *name*, in the order of findings.NAMES; "any" is all, "" none."""
+    names = findings.NAMES
+    return sum(1 << n for n, known in enumerate(names) if known and name in (ANY_FINDING, known))
 
 
 def ring_pages(pages: int) -> int:
@@ -121,6 +136,9 @@ class Follower:
         self._file = -1
         self._program: Program | None = None
         self._ring: Ring | None = None
+        self._findings = finding_bits(self.request.finding)
+        #: pages that are followed at the same time
+        self._places = PAGES_MAX if self._findings else self.request.pages
         if self.request.file is not None:
             self._file = _open(self.request.file)
 
@@ -137,11 +155,15 @@ class Follower:
                 self._missing[feature] = layout.missing[feature]
         constants |= {
             "JOURNEY": 1,
-            "JOURNEY_MAX": self.request.pages,
+            "JOURNEY_MAX": self._places,
             "JOURNEY_SHARE": SHARE,
-            "JOURNEY_HITS": max(8, 1 << (2 * self.request.pages - 1).bit_length()),
+            "JOURNEY_HITS": max(8, 1 << (2 * self._places - 1).bit_length()),
             "JOURNEY_FILE": int(self._file >= 0),
-            "JOURNEY_RING_PAGES": ring_pages(self.request.pages),
+            "JOURNEY_FINDINGS": self._findings,
+            "JOURNEY_EACH": self.request.pages,
+            "JOURNEY_KEPT": _KEPT,
+            "JOURNEY_AFTER": _AFTER,
+            "JOURNEY_RING_PAGES": ring_pages(self._places),
             "J_HAVE_NAME": int("name" not in self._missing),
             "J_HAVE_BLOCK": int("block" not in self._missing),
             # Before 5.12 the queue came first.
@@ -199,14 +221,15 @@ class Follower:
         assert self._program is not None
         if self._ring is not None:
             self._ring.close()
-        self._ring = Ring(self._program.map("journey_ring").fd, ring_pages(self.request.pages))
+        self._ring = Ring(self._program.map("journey_ring").fd, ring_pages(self._places))
+        self._allow_more()
         if self._file >= 0:
             self._find_file(self._program)
 
     def _find_file(self, program: Program) -> None:
         """Has the kernel side look up the file behind our descriptor, at a call of ours."""
         target, key = program.map("journey_target"), bytes(4)
-        target.put(key, _TARGET.pack(self._file + 1, 0))
+        target.put(key, _TARGET.pack(self._file + 1, 0, os.getpid()))
         # Any call that carries something; to read the file would put it into the page cache.
         reader, writer = os.pipe()
         os.write(writer, b"x")
@@ -224,7 +247,25 @@ class Follower:
         """
         if self._ring is None:
             return []
-        return [_event(record, kind, frame, self._flags) for record in self._ring.drain()]
+        records = self._ring.drain()
+        self._allow_more()
+        return [_event(record, kind, frame, self._flags) for record in records]
+
+    def _allow_more(self) -> None:
+        """Lets further pages be chosen: of findings so many more, else those asked for."""
+        assert self._program is not None
+        limit, key = self.request.pages, bytes(4)
+        if self._findings:
+            (taken,) = _NUMBER.unpack((self._program.map("journey_taken").get(key) or [key])[0])
+            limit = taken + _TRIES
+        self._program.map("journey_limit").put(key, _NUMBER.pack(limit))
+
+    def live(self) -> set[int]:
+        """The numbers of the pages that are followed now."""
+        if self._program is None:
+            return set()
+        values = self._program.map("journeys").items()
+        return {_NUMBER.unpack_from(v[0])[0] for _, v in values}
 
     def lost(self) -> int:
         """Events for which the ring had no room."""
@@ -338,12 +379,13 @@ def _event(
      number, step, via, how, pid, tid, refcount, mapcount, pages, device, born_pid, born_exact,
      first, direct, comm, born_comm, name) = fields  # fmt: skip
     is_mark = STEPS[step] == "mark"
+    is_finding = STEPS[step] == "finding"
     return Event(
         time=time,
         page=number,
         frame=frame(address),
         step=MARKS[filled] if is_mark else STEPS[step],
-        how=str(how) if is_mark else HOWS[how],
+        how=str(how) if is_mark else "" if is_finding else HOWS[how],
         via=operations.via_name(via) if end else "",
         end=kind(end) + (" O_DIRECT" if direct else "") if end else "",
         pid=pid,
@@ -354,6 +396,7 @@ def _event(
         call_filled=0 if is_mark else call_filled,
         nbytes=call_filled if is_mark else 0,
         is_mark=is_mark,
+        finding=_label(how, filled) if is_finding else "",
         refcount=refcount,
         mapcount=mapcount,
         flags=tuple(word for bit, word in names.items() if flags & bit),
@@ -369,8 +412,13 @@ def _event(
         born_pid=born_pid,
         born_comm=_text(born_comm),
         born_exact=bool(born_exact),
-        filled=0 if is_mark else filled,
+        filled=0 if is_mark or is_finding else filled,
     )
+
+
+def _label(number: int, reason: int) -> str:
+    name = findings.NAMES[number]
+    return finding_label(name, findings.meaning(name, reason, "").reason)
 
 
 def _text(raw: bytes) -> str:

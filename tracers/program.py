@@ -27,9 +27,9 @@ from rsplice.tracers.compiled import MapSpec, compiled, map_places
 
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "asides.h", "account.h",
-            "pages.h", "sockets.h", "judgements.h", "findings.h", "contents.h", "tails.h",
-            "syscalls.c", "findings.c", "lifecycle.c", "pagecache.c", "network.c", "fuse.c",
-            "io_uring.c", "journey.c", "usdt.c", "learn.c")  # fmt: skip
+            "pages.h", "sockets.h", "judgements.h", "journey.h", "findings.h", "contents.h",
+            "tails.h", "syscalls.c", "findings.c", "lifecycle.c", "pagecache.c", "network.c",
+            "fuse.c", "io_uring.c", "journey.c", "usdt.c", "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_CREATE = 0

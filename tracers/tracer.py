@@ -186,13 +186,12 @@ class Tracer:
     def _start(self, btf: Btf, layout: layouts.Layout, follow_all: bool) -> Program:
         """Compiles and attaches; falls back to the slower reads where the faster are refused."""
         defines = layout.defines() + operations.defines()
-        names_us = follow_all or bool(self.journeys)
         settings = {
             **self._sizes,
             **SIZES,
             "IDENTITY": IDENTITY[self.identity],
             "FOLLOW_ALL": int(follow_all),
-            "SELF_PID": os.getpid() if names_us else 0,
+            "SELF_PID": os.getpid() if follow_all else 0,
             "DIRECT": int(self.direct),
             "USDT": int(bool(self._files)),
             "INTEGRITY": int(self._integrity),
@@ -203,7 +202,7 @@ class Tracer:
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         if self.journeys:
             defines += self.journeys.defines(btf, layout)
-        program = Program(source_text(defines), btf, self.direct, keep=not names_us)
+        program = Program(source_text(defines), btf, self.direct, keep=not follow_all)
         try:
             self._fill_tables(program)
             if program.has("learn_buffer"):

@@ -11,6 +11,7 @@ EXAMPLES
   rsplice audit --fail-on 'copied>0' -- ./relay   exit status 120 if anything is copied
   rsplice audit --junit out.xml --fail-on 'copied>1MiB' -- ./test   for CI; or --github
   rsplice audit --journey=2 -- ./relay        and the stories of two pages
+  rsplice audit --journey-finding any -- ./relay  and of a page of each finding
 """
 
 from __future__ import annotations

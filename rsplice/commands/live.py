@@ -12,6 +12,7 @@ EXAMPLES
   rsplice live -- rsync -a a/ b    a command
   rsplice live -p 4711             a running process
   rsplice live --all               the whole machine
+  rsplice live --journey -- ./relay   and the journey of a page of each finding
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from rsplice.audit import Audit
+from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.tracers.capability import reason
 
@@ -34,6 +36,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", metavar="S", type=seconds, default=1.0, help="seconds between two screens"
     )
+    journeys.prepare_findings_parser(parser)
     add_targets(parser)
 
 
@@ -51,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if demo:
         args.command = DEMO
     with tempfile.TemporaryFile() as kept:
-        with open_session(args, kept.fileno()) as session:
+        journey = journeys.findings_request(args)
+        with open_session(args, kept.fileno(), journey) as session:
             if demo:
                 session.shown = ["rsplice", "workload", "mixed"]
             session.start()

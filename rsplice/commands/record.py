@@ -5,6 +5,7 @@
 EXAMPLES
   rsplice record -o run.jsonl -- rsync -a a/ b
   rsplice record -o run.jsonl -p 4711 --duration 60
+  rsplice record --journey -o run.jsonl -- ./relay   and the journey of a page of each finding
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 
+from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.recording import Recorder
 from rsplice.session import Interrupted, Session, passing_signals
@@ -29,12 +31,17 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", metavar="S", type=seconds, default=1.0, help="seconds between two snapshots"
     )
+    journeys.prepare_findings_parser(parser)
     add_targets(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Records until the command, the processes or the duration end."""
-    with Recorder(args.file, args.command) as recorder, open_session(args) as session:
+    journey = journeys.findings_request(args)
+    with (
+        Recorder(args.file, args.command) as recorder,
+        open_session(args, journey=journey) as session,
+    ):
         with contextlib.suppress(Interrupted), passing_signals(session):
             session.start()
             _keep(session, recorder, args)

@@ -249,7 +249,9 @@ def test_a_page_that_sendfile_sends(queued: Told) -> None:
 
 def test_a_gift_is_still_mapped_when_it_is_queued(queued: Told) -> None:
     (story,) = [s for s in queued.of("j-gift") if step(s, "queued")["comm"] == "j-gift"]
-    assert told(story)[:4] == ["allocated", "queued", "copied", "unmapped"]
+    assert told(story)[:4] == ["allocated", "queued", "finding", "copied"]
+    assert told(story)[4] == "unmapped"
+    assert step(story, "finding")["detail"] == "gift-still-mapped"
     queue = step(story, "queued")
     assert (queue["mapcount"], queue["mapping"]) == (1, "anonymous memory")
     assert "swapbacked" in queue["flags"]

@@ -108,6 +108,7 @@ static __always_inline void record_all(struct finding_key *key, struct facts *fa
 	u64 now = bpf_ktime_get_ns();
 	u32 zero = 0;
 
+	journey_found(key->name, key->reason, facts->page);
 	if (!known) {
 		fresh = finding_scratch.lookup(&zero);
 		if (!fresh)
