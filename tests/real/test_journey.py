@@ -355,8 +355,10 @@ def test_without_the_option_nothing_is_compiled_or_attached_for_it() -> None:
         tracer.close()
 
 
-def test_older_kernels_slower_reads_do_as_well(scratch: Scratch) -> None:
-    tracer = Tracer(direct=False, journeys=Follower(Request(1, str(scratch.file("a", PAGE)))))
+@pytest.mark.parametrize("finding", ["", "any"])
+def test_older_kernels_slower_reads_do_as_well(finding: str, scratch: Scratch) -> None:
+    file = None if finding else str(scratch.file("a", PAGE))
+    tracer = Tracer(direct=False, journeys=Follower(Request(1, file, finding)))
     try:
         assert not tracer.direct
         missing = {m.probe for m in tracer.missing if m.probe.startswith("journey")}
