@@ -200,6 +200,14 @@ def first_seen(found: Finding) -> str:
     return sanitise(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known))
 
 
+#: Where bytes were copied that belong to no leg.
+_OUTSIDE = {
+    "other_calls": "in other calls",
+    "kernel_threads": "by kernel threads",
+    "packets": "of zero-copy packets",
+}
+
+
 def accuracy(known: Accuracy, *, details: bool = True) -> str:
     """The accuracy line: how far the numbers can be trusted.
 
@@ -214,6 +222,10 @@ def accuracy(known: Accuracy, *, details: bool = True) -> str:
     )
     if known.usdt_files:
         line += f", librsplice in {plural(len(known.usdt_files), 'file')}"
+    if known.measured_at:
+        line += f", copies measured at {plural(len(known.measured_at), 'function')}"
+    if told := ", ".join(f"{size(n)} {_OUTSIDE[k]}" for k, n in known.outside.items() if n):
+        line += f"; copied in none of these calls: {told}"
     checked = {
         "sample": ", pages of some calls compared, no findings looked for",
         "off": ", no pages compared, no findings looked for",

@@ -431,6 +431,9 @@ class Accuracy:
     identity: str = "all"  #: "all", "sample" or "off": how many calls had their pages compared
     uncounted: list[str] = field(default_factory=list)  #: PageCounts that nobody counted: not zero
     usdt_files: list[str] = field(default_factory=list)  #: whose probes of librsplice are attached
+    measured_at: list[str] = field(default_factory=list)  #: kernel functions that count copies
+    #: bytes copied in no leg, by where: no entry is made where nothing counts them
+    outside: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -441,6 +444,8 @@ class Accuracy:
             "identity": self.identity,
             "uncounted": self.uncounted,
             "usdt_files": self.usdt_files,
+            "measured_at": self.measured_at,
+            "outside": self.outside,
         }
 
     @staticmethod
@@ -453,6 +458,8 @@ class Accuracy:
             data.get("identity", "all"),
             list(data.get("uncounted", [])),
             list(data.get("usdt_files", [])),
+            list(data.get("measured_at", [])),
+            dict(data.get("outside", {})),
         )
 
 

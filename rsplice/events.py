@@ -29,6 +29,8 @@ class Tally:
     measured: dict[tuple[int, str], int] = field(default_factory=dict)
     #: the same, from the kernel's own notifications
     declared: dict[tuple[int, str], int] = field(default_factory=dict)
+    #: bytes counted where the kernel copies beyond those carried, since copied twice, by leg
+    extra: dict[int, int] = field(default_factory=dict)
 
 
 #: What a tally's flags may hold.

@@ -268,6 +268,7 @@ def _book_leg(row: _Row, leg: Leg, tally: Tally, rule: Verdict) -> None:
                 row.book(index, _established(leg, disposition, evidence, rule), nbytes, evidence)
                 rest -= nbytes
     row.book(leg.index, rule, rest, Evidence.INFERRED)
+    row.counts.copy_bytes += tally.extra.get(leg.index, 0)
     row.counts.payload_bytes += tally.nbytes
     row.counts.baseline_bytes += _baseline(leg) * tally.nbytes
 
@@ -309,6 +310,8 @@ def _check(tally: Tally) -> None:
             if index not in per_leg or disposition not in DISPOSITIONS or nbytes < 0:
                 raise ValueError(f"no such leg, disposition or byte count in {tally}")
             per_leg[index] += nbytes
+    if tally.extra.keys() - per_leg.keys() or min(tally.extra.values(), default=0) < 0:
+        raise ValueError(f"no such leg or byte count in {tally}")
     if max(per_leg.values()) > tally.nbytes:
         raise ValueError(f"more bytes established than carried in {tally}")
 

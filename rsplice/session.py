@@ -151,6 +151,8 @@ class Session:
             identity=self.tracer.identity,
             uncounted=self.tracer.uncounted,
             usdt_files=list(self.tracer.usdt_files),
+            measured_at=self.tracer.measured_at,
+            outside=dict(reading.outside or {}),
         )
         audit = ledger.audit(
             command=self.shown,

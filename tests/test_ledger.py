@@ -375,6 +375,13 @@ def test_declared_copies_of_the_loopback_device_tell_the_cause() -> None:
     assert path.counts.evidence is Evidence.DECLARED
 
 
+def test_bytes_copied_twice_count_twice_as_copies_and_once_as_copied() -> None:
+    twice = tally("read", EXT4, USER, measured={(0, "copied"): N}, extra={0: N // 2})
+    (path,) = audit_of(twice).paths
+    assert (path.counts.copied, path.counts.copy_bytes) == (N, N + N // 2)
+    assert path.counts.evidence is Evidence.MEASURED
+
+
 def test_measured_copies_where_the_rule_knows_nothing() -> None:
     unseen = Endpoint("a new filesystem")
     (path,) = audit_of(tally("read", unseen, USER, measured={(0, "copied"): N})).paths
@@ -481,6 +488,8 @@ def test_the_audit_carries_what_it_is_told() -> None:
         (tally("read", EXT4, USER, identity={(1, "copied"): 1}), "no such leg"),
         (tally("sendfile", EXT4, TCP, identity={(2, "shared"): 1}), "no such leg"),
         (tally("read", EXT4, USER, measured={(0, "teleported"): 1}), "no such leg, disposition"),
+        (tally("read", EXT4, USER, extra={1: 1}), "no such leg or byte count"),
+        (tally("read", EXT4, USER, extra={0: -1}), "no such leg or byte count"),
         (tally("read", EXT4, USER, declared={(0, "copied"): -1}), "no such leg, disposition"),
         (tally("read", EXT4, USER, identity={(0, "copied"): N + 1}), "more bytes established"),
         (

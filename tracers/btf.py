@@ -109,6 +109,13 @@ class Btf:
         """The id of the kernel function *name* (a kfunc, for one)."""
         return self.id_of(name, _KIND_FUNC)
 
+    def function_arguments(self, name: str) -> int | None:
+        """How many arguments the kernel function *name* has, None where there is none."""
+        tid = self.function_id(name)
+        if tid is None:
+            return None
+        return int(self._type(self._type(tid).size_or_type).info & 0xFFFF)
+
     def tracepoint_id(self, name: str) -> int | None:
         """The id of ``btf_trace_<name>``, which a tp_btf program attaches to."""
         return self.id_of(f"btf_trace_{name}", _KIND_TYPEDEF)

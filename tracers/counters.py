@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from rsplice.audit import Endpoint, Finding, PageCounts
 from rsplice.errors import RspliceError
 from rsplice.events import MARKS, Mark, ProcessSeen, Tally
+from rsplice.rules import TWO_LEGS
 from rsplice.tracers import operations, usdt
+from rsplice.tracers.copies import Copied, Copies, by_leg
 from rsplice.tracers.findings import Findings, Process
 from rsplice.tracers.kinds import is_filesystem, kind_name
 from rsplice.tracers.program import Map, Program
@@ -53,6 +55,8 @@ class Reading:
     marks: list[Mark] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     events_lost: int = 0
+    #: bytes copied in no leg, by where; None where copies are not measured
+    outside: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Counters:
         self._started = program.map("nr_started")
         self._ended = program.map("nr_ended")
         self.findings: Findings | None = None  #: where they are looked for
+        self.copies: Copies | None = None  #: where they are measured
         # Of processes that have ended: taken out of the kernel's maps to make room.
         self._retired: dict[bytes, list[int]] = {}
         self._retired_pages: dict[bytes, list[int]] = {}
@@ -172,6 +177,8 @@ class Counters:
                 before = self._retired.get(key, [0] * _COUNTERS)
                 self._retired[key] = _add(before, _sum(_TALLY, values))
                 self._tallies.delete(key)
+                if self.copies:
+                    self.copies.retire(key)
         for key, values in self._pages.items():
             if key in gone:
                 before = self._retired_pages.get(key, [0] * 4)
@@ -220,6 +227,8 @@ class Counters:
         maps = [self._tallies, self._pages, self._declarations]
         if self.findings:
             maps.append(self.findings.map)
+        if self.copies:
+            maps.append(self.copies.map)
         found = [(counters, [key for key, _ in counters.items()]) for counters in maps]
         wishes = self._wishes.items() if self._wishes is not None else ()
         found_wishes = [(key, _WISH.unpack(values[0])[0]) for key, values in wishes]
@@ -240,6 +249,8 @@ class Counters:
         for retired in (self._retired, self._retired_pages, self._retired_marks):
             for key in list(filter(is_dead, retired)):
                 del retired[key]
+        if self.copies:
+            self.copies.forget(is_dead)
         for key in list(filter(is_dead, self._retired_processes)):
             del self._retired_processes[key]
         gone = [(key, expected) for key, expected in found_wishes if is_dead(key[_FLOW_KEY:])]
@@ -256,11 +267,12 @@ class Counters:
         there = {key for key, _ in self._flows.items()}
         self._spent = {key: n for key, n in self._spent.items() if key in there}
 
-    def read(self, of: Set[int] | None = None, without: int = 0) -> Reading:
+    def read(self, of: Set[int] | None = None, without: int = 0, measured: bool = True) -> Reading:
         """All tallies and processes so far: counts since the start, not differences.
 
         :param of: the keys of those that are wanted, all by default
         :param without: flags of calls that are not
+        :param measured: whether tallies say what was counted where the kernel copies
         """
         reading = Reading()
         raw = self._raw_tallies() if of is None else self._raw_tallies_of(of, without)
@@ -269,10 +281,18 @@ class Counters:
             queued[key[:8]] = queued.get(key[:8], 0) + tally[15]
         sent = self._sent()
         declared = {k: _DECLARED.unpack(v[0]) for k, v in self._declarations.items()}
+        copied = self.copies.read() if self.copies else Copied()
         for key, counts in raw.items():
             reading.tallies.append(
-                self._tally(key, counts, sent.get(key, (0, 0)), declared.get(key, (0, 0)))
+                self._tally(
+                    key,
+                    counts,
+                    sent.get(key, (0, 0)),
+                    declared.get(key, (0, 0)),
+                    copied.legs.get(key, (0, 0)) if measured else None,
+                )
             )
+        reading.outside = copied.outside if self.copies else None
         pages = dict(self._retired_pages)
         for key, values in _entries(self._pages, of):
             pages[key] = _add(pages.get(key, [0] * 4), _sum(_PAGES, values))
@@ -367,7 +387,12 @@ class Counters:
         return sent
 
     def _tally(
-        self, key: bytes, counts: list[int], sent: tuple[int, int], said: tuple[int, int]
+        self,
+        key: bytes,
+        counts: list[int],
+        sent: tuple[int, int],
+        said: tuple[int, int],
+        copied: tuple[int, int] | None,
     ) -> Tally:
         process, source, destination, via, flags = _KEY.unpack(key)
         nbytes = counts[1]
@@ -378,7 +403,13 @@ class Counters:
                     identity[leg, disposition] = counts[2 + 6 * leg + i]
             if sent[leg]:
                 identity[leg, "shared"] = identity.get((leg, "shared"), 0) + sent[leg]
-        measured = {(0, "copied"): counts[14]} if counts[14] else {}
+        name = operations.via_name(via)
+        counted = by_leg(copied, name in TWO_LEGS) if copied else {}
+        # A tracepoint and a probe may have told of the same copies out of socket buffers.
+        if copied is not None and counts[14] > counted.get(0, 0):
+            counted[0] = counts[14]
+        measured = {(leg, "copied"): min(count, nbytes) for leg, count in counted.items()}
+        extra = {leg: count - nbytes for leg, count in counted.items() if count > nbytes}
         by_kernel = zip(("copied", "shared"), said, strict=True)
         declared = {(0, disposition): count for disposition, count in by_kernel if count}
         _clamp(nbytes, measured, identity, declared)
@@ -386,13 +417,14 @@ class Counters:
             process,
             Endpoint(self.kind(source), bool(flags & _SRC_DIRECT), bool(flags & _SRC_DAX)),
             Endpoint(self.kind(destination), bool(flags & _DST_DIRECT), bool(flags & _DST_DAX)),
-            operations.via_name(via),
+            name,
             frozenset(_flags(flags)),
             counts[0],
             nbytes,
             identity,
             measured,
             declared,
+            extra,
         )
 
     def kind(self, end: int) -> str:

@@ -65,7 +65,9 @@ FIELDS: list[Field] = [
         REGS_ARG3 pt_regs.r10
         REGS_ARG5 pt_regs.r9
         REGS_BX pt_regs.bx
+        REGS_AX pt_regs.ax
         TASK_STATUS task_struct.thread_info.status
+        TASK_FLAGS task_struct.flags
         TASK_FILES task_struct.files
         TASK_PID task_struct.pid
         TASK_TGID task_struct.tgid
@@ -290,6 +292,15 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     # Zero-copy sends came with 6.0; before that nothing has these flags.
     send = btf.member("io_sr_msg.flags")
     constants["IO_SEND_FLAGS"] = send.offset if send else 0
+    # msg_ubuf came with 6.0.
+    for name in ("flags", "ubuf"):
+        member = btf.member(f"msghdr.msg_{name}")
+        constants[f"MSGHDR_{name.upper()}"] = member.offset if member else 0
+    # Iterators of pipe buffers went with 6.5; before 5.14 the type shares a word with flags.
+    constants["ITER_PIPE"] = btf.enumerator("iter_type", "ITER_PIPE") or 0
+    kind = btf.member("iov_iter.iter_type") or btf.member("iov_iter.type")
+    constants["ITER_TYPE"] = kind.offset if kind else 0
+    constants["ITER_TYPE_SIZE"] = kind.size if kind else 0
     bit = btf.enumerator("pageflags", "PG_head")
     if bit is None:
         layout.missing.setdefault("folio", "this kernel has no PG_head")

@@ -9,6 +9,7 @@ descriptors: closing them, also by dying, detaches and frees all of it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import resource
@@ -28,21 +29,26 @@ from rsplice.tracers.compiled import MapSpec, compiled, map_places
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "asides.h", "account.h",
             "pages.h", "sockets.h", "judgements.h", "journey.h", "findings.h", "contents.h",
-            "tails.h", "syscalls.c", "findings.c", "lifecycle.c", "pagecache.c", "network.c",
-            "fuse.c", "io_uring.c", "journey.c", "usdt.c", "learn.c")  # fmt: skip
+            "copies.h", "tails.h", "syscalls.c", "findings.c", "lifecycle.c", "pagecache.c",
+            "network.c", "fuse.c", "io_uring.c", "journey.c", "usdt.c", "copies.c",
+            "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_CREATE = 0
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _MAP_LOOKUP_BATCH = 1, 2, 3, 4, 24
 _PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
-_ATTACH_TRACE_RAW_TP, _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 23, 41, 48
+_ATTACH_TRACE_RAW_TP, _ATTACH_TRACE_FEXIT = 23, 25
+_ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 41, 48
 # BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH
 _PERCPU = (5, 6, 10)
 _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
 # include/uapi/linux/perf_event.h
 _PERF_ATTR_SIZE, _PERF_FLAG_FD_CLOEXEC = 112, 8
 _UPROBE_TYPE = Path("/sys/bus/event_source/devices/uprobe/type")
+KPROBE_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")  #: there where kprobes are
+_IOC_SET_BPF, _IOC_ENABLE = 0x40042408, 0x2400
+_KRETPROBE = 1  # perf_event_attr.config, /sys/bus/event_source/devices/kprobe/format/retprobe
 _CALL, _PSEUDO_KFUNC_CALL = 0x85, 2
 _BATCH = 256  #: entries of a map that are read at once
 # union bpf_attr: in_batch, out_batch, keys, values, count, map_fd, elem_flags, flags
@@ -84,9 +90,16 @@ def _open_uprobe(path: Any, offset: int) -> int:
         kind = int(_UPROBE_TYPE.read_text())
     except OSError:
         raise BpfError(errno.EOPNOTSUPP, "this kernel has no uprobes") from None
-    attributes = struct.pack(
-        "=IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, *[0] * 7, _address(path), offset
-    )
+    return _perf_event(kind, 0, _address(path), offset)
+
+
+def _perf_event(kind: int, config: int, first: int, second: int) -> int:
+    """An event of the PMU *kind* for all processes. BpfError on failure.
+
+    :param first: config1, for a probe the address of a name
+    :param second: config2, for a probe an offset
+    """
+    attributes = struct.pack("=IIQQQQQIIQQ", kind, _PERF_ATTR_SIZE, config, *[0] * 6, first, second)
     attr = _ffi.new("char[]", attributes.ljust(_PERF_ATTR_SIZE, b"\0"))
     everybody, any_cpu, no_group = (_ffi.cast("int", n) for n in (-1, 0, -1))
     fd = _libc.syscall(
@@ -96,6 +109,16 @@ def _open_uprobe(path: Any, offset: int) -> int:
     if fd < 0:
         raise BpfError(_libc.__errno_location()[0])
     return int(fd)
+
+
+def can_fexit(function: int) -> bool:
+    """Whether the kernel lets a program be loaded for the return of the function of that BTF id."""
+    nothing = bytearray(bytes.fromhex("b7000000000000009500000000000000"))  # r0 = 0; exit
+    try:
+        os.close(Program._load("nothing", nothing, _TYPE_TRACING, _ATTACH_TRACE_FEXIT, function))
+    except BpfError:
+        return False
+    return True
 
 
 def _address(data: Any) -> int:
@@ -433,6 +456,57 @@ class Program:
             _close_all(links)
             raise
         self._slow_fds += links
+
+    def attach_raw(self, function: str, tracepoint: str) -> None:
+        """Attaches *function*, which reads no kernel memory directly, to a raw tracepoint.
+
+        The tracepoint may be a module's. BpfError on failure.
+        """
+        name = _ffi.new("char[]", tracepoint.encode())
+        program = self._load(function, self._code(function), _TYPE_RAW_TRACEPOINT)
+        try:
+            where = struct.pack("=QII", _address(name), program, 0)
+            self._fds.append(_bpf(_RAW_TRACEPOINT_OPEN, where))
+        finally:
+            os.close(program)
+
+    def attach_fexit(self, function: str, kernel_function: str) -> None:
+        """Attaches *function* to the return of a function of the kernel. BpfError on failure."""
+        where = self._btf.function_id(kernel_function)
+        if where is None:
+            raise BpfError(errno.ENOENT)
+        code = self._code(function)
+        program = self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_FEXIT, where)
+        try:
+            link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", 0, program, 0))
+            self._slow_fds.append(link)
+        finally:
+            os.close(program)
+
+    def attach_kretprobe(self, function: str, kernel_function: str) -> None:
+        """Attaches *function* to the return of a function of the kernel or of a module of its.
+
+        By an event, as every kernel has them. BpfError on failure.
+        """
+        try:
+            kind = int(KPROBE_TYPE.read_text())
+        except OSError:
+            raise BpfError(errno.EOPNOTSUPP, "this kernel has no kprobes") from None
+        name = _ffi.new("char[]", kernel_function.encode())
+        event = _perf_event(kind, _KRETPROBE, _address(name), 0)
+        try:
+            program = self._load(function, self._code(function), _TYPE_KPROBE)
+            try:
+                fcntl.ioctl(event, _IOC_SET_BPF, program)
+                fcntl.ioctl(event, _IOC_ENABLE, 0)
+            except OSError as error:
+                raise BpfError(error.errno or errno.EINVAL) from error
+            finally:
+                os.close(program)
+        except BpfError:
+            os.close(event)
+            raise
+        self._slow_fds.append(event)
 
     def _use_cast(self, code: bytearray) -> None:
         """Turns calls of the placeholder into calls of the kfunc bpf_rdonly_cast."""

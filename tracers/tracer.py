@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe
 from rsplice.errors import RspliceError
-from rsplice.tracers import contents, operations, usdt
+from rsplice.tracers import contents, operations, providers, usdt
 from rsplice.tracers import layout as layouts
 from rsplice.tracers.btf import Btf
+from rsplice.tracers.copies import Copies
 from rsplice.tracers.counters import Counters, map_sizes
 from rsplice.tracers.findings import SIZES, Findings, learn
 from rsplice.tracers.journey import Follower
@@ -152,6 +153,8 @@ class Tracer:
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
         self.usdt_files: list[str] = []  #: those whose probes are attached
+        #: what can be observed in several ways, and how it is; empty where none can
+        self.observed: list[providers.Taken] = []
         self._files = files
         self.journeys = journeys
         self._traces = traces
@@ -168,6 +171,7 @@ class Tracer:
     def _begin(self, direct: bool | None, follow_all: bool) -> None:
         btf = Btf()
         layout = layouts.resolve(btf)
+        self._kernel = providers.running(btf)
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)
@@ -176,6 +180,8 @@ class Tracer:
         self.counters = Counters(
             self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
         )
+        if self.measures:
+            self.counters.copies = Copies(self._program)
         if self._program.has("learn_buffer"):
             self.counters.findings = Findings(
                 self._program, self.counters.kind, layout.constants, self._vmemmap
@@ -198,6 +204,7 @@ class Tracer:
             "TRACES": int(self._traces),
             "OWNED": int(self._owner is not None),
             "OWNER": self._owner or 0,
+            "MEASURED": int(self.measures),
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         if self.journeys:
@@ -219,6 +226,7 @@ class Tracer:
             self.attached.clear()
             self.missing.clear()
             self.usdt_files.clear()
+            self.observed.clear()
             return self._start(btf, layout, follow_all)
         return program
 
@@ -246,6 +254,8 @@ class Tracer:
             loads = {p: pool.submit(program.load, f"tp_{p.tracepoint}", names[p]) for p in names}
             tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
             usdt.attach(program, self._files, self.usdt_files, self.missing)
+        if self.measures:
+            self._observe(program)
         if self.journeys:
             self.journeys.attach(program, btf, self.attached, self.missing, self.direct)
         for tail, load in zip(tails, tail_loads, strict=True):
@@ -260,6 +270,30 @@ class Tracer:
                 if probe.required or self.direct:
                     raise
                 self.missing.append(MissingProbe(probe.tracepoint, str(error), probe.cost))
+
+    @property
+    def measures(self) -> bool:
+        """Whether copies are counted where the kernel makes them.
+
+        Not between traces: those probes stay attached while these are not.
+        """
+        return self._kernel.measures and self.identity != "off" and not self._traces
+
+    @property
+    def measured_at(self) -> list[str]:
+        """The kernel's functions that count copies, and how: "fexit pipe_read"."""
+        taken = (each.candidate for each in self.observed if each.candidate and each.copies)
+        return sorted({f"{candidate.how.value} {candidate.function}" for candidate in taken})
+
+    def _observe(self, program: Program) -> None:
+        """Attaches what is more than a tracepoint; none of it is needed for a run."""
+        self.observed = providers.attach(program, self._kernel)
+        for taken in self.observed:
+            if taken.candidate is None:
+                name, cost = taken.observation.functions[0], taken.observation.cost
+                self.missing.append(MissingProbe(name, taken.reason, cost))
+            elif taken.candidate.function not in self.attached:
+                self.attached.append(taken.candidate.function)
 
     def _put_tail(self, program: Program, tail: Tail, load: Future[int]) -> None:
         try:

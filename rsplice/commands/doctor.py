@@ -94,16 +94,35 @@ def diagnose() -> Diagnosis:
     how = "direct loads" if tracer.direct else "bpf_probe_read_kernel (slower: needs Linux 6.2)"
     checks.append(Check("memory reads", "ok", how))
     checks += _usdt_checks(tracer)
-    _conclude(found, set(missing))
+    checks += _observed_checks(tracer)
+    _conclude(found, set(missing), tracer)
     if tracer.usdt_files:
         found.can.append("what librsplice meant to do, beside what the kernel did")
     return found
+
+
+def _observed_checks(tracer: Tracer) -> list[Check]:
+    """One for each thing that can be observed in several ways: which was taken, what was lost."""
+    if not tracer.observed:
+        reason = "this kernel has neither fentry nor kprobes for BPF"
+        return [Check("copies", "missing", reason, "copies are inferred, not measured")]
+    checks = []
+    for taken in tracer.observed:
+        name, cost = taken.observation.name, taken.observation.cost
+        if taken.candidate is None:
+            checks.append(Check(name, "missing", taken.reason, cost))
+            continue
+        lost = f", for {taken.reason}" if taken.lost else ""
+        detail = f"{taken.candidate.how.value} at {taken.candidate.function}{lost}"
+        checks.append(Check(name, "ok", detail))
+    return checks
 
 
 def _usdt_checks(tracer: Tracer) -> list[Check]:
     """One for each file with probes of librsplice; one that says so where there is none."""
     checks = [Check(_USDT, "ok", f"attached in {path}") for path in tracer.usdt_files]
     names = {probe.tracepoint for probe in PROBES} | {tail.function for tail in TAILS}
+    names |= {taken.observation.functions[0] for taken in tracer.observed}
     checks += [
         Check(_USDT, "missing", f"{gone.probe}: {gone.reason}", gone.cost)
         for gone in tracer.missing
@@ -145,7 +164,7 @@ def _check_bcc() -> Check:
     return Check("BCC", "ok", f"version {getattr(bcc, '__version__', 'unknown')}")
 
 
-def _conclude(found: Diagnosis, missing: set[str]) -> None:
+def _conclude(found: Diagnosis, missing: set[str], tracer: Tracer) -> None:
     """What can and what cannot be told here."""
     found.can.append("which calls carry how many bytes between which ends, per process")
     for probes, sentence in (
@@ -157,9 +176,12 @@ def _conclude(found: Diagnosis, missing: set[str]) -> None:
         ({"mm_filemap_map_pages", "page_fault_user"}, "page-table references"),
     ):
         (found.cannot if probes & missing else found.can).append(sentence)
-    found.cannot.append(
-        "copies at the kernel's copying functions: reads and writes of files are inferred"
-    )
+    if tracer.measured_at:
+        found.can.append("how many bytes the kernel copies, counted where it copies them")
+    else:
+        found.cannot.append(
+            "copies at the kernel's copying functions: reads and writes of files are inferred"
+        )
 
 
 def _print(found: Diagnosis) -> None:

@@ -155,6 +155,9 @@ int tp_io_uring_complete(u64 *ctx)
 		return 0;
 	tally->operations++;
 	tally->bytes += call->bytes;
+#if MEASURED
+	take_request_copies(&key, request, call->bytes);
+#endif
 	if ((opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC) && flags & CQE_F_MORE &&
 	    read16(request + IO_SEND_FLAGS) & REPORT_USAGE) {
 		struct uring_note note = {.zerocopy_bytes = call->bytes, .key = key};

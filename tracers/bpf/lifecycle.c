@@ -63,6 +63,9 @@ int tp_sched_process_exit(u64 *ctx)
 		return 0;
 	ended = *key;
 	notes.delete(&tid);
+#if MEASURED
+	copied_by.delete(&tid);
+#endif
 #if FINDINGS
 	offers.delete(&tid);
 #endif

@@ -564,6 +564,9 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 		return;
 	tally->operations++;
 	tally->bytes += call->bytes;
+#if MEASURED
+	take_call_copies(&key, 0);
+#endif
 }
 
 /* Finds the call's two ends and its flags. False if it carries nothing. */
@@ -681,6 +684,12 @@ int tp_sys_exit(u64 *ctx)
 	struct key key;
 	u64 *entries;
 
+#if MEASURED
+	/* Whatever the call is; but once, where tp_messages comes back. */
+	call = calls.lookup(&zero);
+	if (call && !call->messages)
+		end_copies(current_process());
+#endif
 	entries = call_table.lookup(&index);
 	if (!entries || !*entries || ret < 0)
 		return 0;
@@ -727,6 +736,9 @@ int tp_sys_exit(u64 *ctx)
 		return 0;
 	tally->operations++;
 	tally->bytes += call->bytes;
+#if MEASURED
+	take_call_copies(&key, call->via == VIA_FUSE_REPLY ? FUSE_OUT_HEADER : 0);
+#endif
 
 #if HAVE_ZEROCOPY
 	if (call->flags & F_ZEROCOPY)

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Functions of the kernel that copy payload, at their return: providers.py lists which, and
+ * attaches these programs to them. copied_SIDE_N is for functions of N arguments that return
+ * the bytes they copied, copied_SIDE_ax for a kretprobe at any of them; the others look closer.
+ *
+ * All of it is loaded as fexit and as kprobe programs: no read8() to read64() here.
+ */
+#if MEASURED
+#define PF_KTHREAD	 0x00200000
+#define MSG_SPLICE_PAGES 0x8000000
+
+static __always_inline u64 peek64(u64 address)
+{
+	u64 value = 0;
+
+	read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static __always_inline int count_copied(u32 side, s64 bytes)
+{
+	u64 who = bpf_get_current_pid_tgid(), task = bpf_get_current_task();
+	struct copied none = {}, *copied;
+	u32 tid = who;
+
+	if (bytes <= 0)
+		return 0;
+	if (peek64(task + TASK_FLAGS) & PF_KTHREAD) {
+		count_outside(KERNEL_THREADS, bytes);
+		return 0;
+	}
+	if (!process_of(who >> 32, task))
+		return 0;
+	copied = copied_by.lookup_or_try_init(&tid, &none);
+	if (copied)
+		copied->bytes[side] += bytes;
+	else
+		count_lost(LOST_TALLY);
+	return 0;
+}
+
+#define COPIED(side, name, place)                                                                  \
+	int copied_##name(u64 *ctx)                                                                \
+	{                                                                                          \
+		return count_copied(side, (s64)tracepoint_arg(ctx, place));                        \
+	}
+
+COPIED(SIDE_IN, in_1, 1)
+COPIED(SIDE_IN, in_2, 2)
+COPIED(SIDE_IN, in_3, 3)
+COPIED(SIDE_IN, in_4, 4)
+COPIED(SIDE_IN, in_7, 7)
+COPIED(SIDE_IN, in_ax, REGS_AX / 8)
+COPIED(SIDE_OUT, out_2, 2)
+COPIED(SIDE_OUT, out_3, 3)
+COPIED(SIDE_OUT, out_4, 4)
+COPIED(SIDE_OUT, out_5, 5)
+COPIED(SIDE_OUT, out_ax, REGS_AX / 8)
+
+/* Before 6.5 a splice reads into an iterator of pipe buffers, which take pages by reference. */
+static __always_inline bool takes_pages(u64 iter)
+{
+	u64 type = peek64(iter + ITER_TYPE);
+
+	return ITER_PIPE && (ITER_TYPE_SIZE == 1 ? (u8)type == ITER_PIPE : type & ITER_PIPE);
+}
+
+/* filemap_read(iocb, iter, already_read): what O_DIRECT has read before is part of the result. */
+int copied_filemap_read(u64 *ctx)
+{
+	if (takes_pages(tracepoint_arg(ctx, 1)))
+		return 0;
+	return count_copied(SIDE_IN, (s64)tracepoint_arg(ctx, 3) - (s64)tracepoint_arg(ctx, 2));
+}
+
+/* The read_iter(iocb, iter) of files that live in memory. */
+int copied_read_iter(u64 *ctx)
+{
+	if (takes_pages(tracepoint_arg(ctx, 1)))
+		return 0;
+	return count_copied(SIDE_IN, (s64)tracepoint_arg(ctx, 2));
+}
+
+/* skb_copy_datagram_from_iter(skb, offset, from, len) returns 0. */
+int copied_skb_copy_datagram_from_iter(u64 *ctx)
+{
+	return (s32)tracepoint_arg(ctx, 4) ? 0
+					   : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+}
+
+/* ip_generic_getfrag(from, to, offset, len, odd, skb) returns 0. */
+int copied_ip_generic_getfrag(u64 *ctx)
+{
+	return (s32)tracepoint_arg(ctx, 6) ? 0
+					   : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+}
+
+/* fuse_copy_do(cs, val, size): without val the bytes are skipped. */
+int copied_fuse_copy_do(u64 *ctx)
+{
+	return tracepoint_arg(ctx, 1) ? count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3)) : 0;
+}
+
+/*
+ * tcp_sendmsg_locked(sk, msg, size) takes pages by reference for MSG_SPLICE_PAGES (6.5), and for
+ * MSG_ZEROCOPY where the socket or the caller (io_uring, by msg_ubuf) asked for it.
+ */
+int copied_tcp_sendmsg_locked(u64 *ctx)
+{
+	u64 msg = tracepoint_arg(ctx, 1);
+	u32 flags = peek64(msg + MSGHDR_FLAGS);
+	bool by_reference = flags & MSG_SPLICE_PAGES;
+
+#if HAVE_ZEROCOPY
+	if (flags & MSG_ZEROCOPY)
+		by_reference |=
+			peek64(tracepoint_arg(ctx, 0) + SOCK_FLAGS) >> SOCK_ZEROCOPY_BIT & 1;
+#endif
+	if (flags & MSG_ZEROCOPY && MSGHDR_UBUF)
+		by_reference |= peek64(msg + MSGHDR_UBUF) != 0;
+	return by_reference ? 0 : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+}
+
+#if HAVE_NETWORK
+/*
+ * skb_copy_ubufs(skb, gfp) copies the pages of a zero-copy send, mostly in an interrupt on the
+ * sender's time, or on a kernel thread's.
+ */
+int copied_skb_copy_ubufs(u64 *ctx)
+{
+	u64 task = bpf_get_current_task();
+
+	if ((s32)tracepoint_arg(ctx, 2) < 0)
+		return 0;
+	if (process_of(bpf_get_current_pid_tgid() >> 32, task) ||
+	    peek64(task + TASK_FLAGS) & PF_KTHREAD)
+		count_outside(PACKETS, (u32)peek64(tracepoint_arg(ctx, 0) + SKB_DATA_LEN));
+	return 0;
+}
+#endif
+
+/* io_issue_sqe(req, ...): what its thread copied meanwhile is the request's. */
+int copied_request(u64 *ctx)
+{
+	u64 request = tracepoint_arg(ctx, 0);
+	u32 tid = bpf_get_current_pid_tgid();
+	struct copied none = {}, *mine = copied_by.lookup(&tid), *own;
+
+	if (!mine || (!mine->bytes[SIDE_IN] && !mine->bytes[SIDE_OUT]))
+		return 0;
+	own = copied_for.lookup_or_try_init(&request, &none);
+	if (own)
+		move_copied(mine, own);
+	return 0;
+}
+
+/* The module's tracepoint: (whether the copying goes to the iterator, bytes). */
+int copied_module(u64 *ctx)
+{
+	return count_copied(tracepoint_arg(ctx, 0) & 1 ? SIDE_IN : SIDE_OUT,
+			    (s64)tracepoint_arg(ctx, 1));
+}
+#endif
