@@ -201,7 +201,8 @@ _DISK = (
     "exfat, vfat, msdos, ntfs3, udf, hfs, hfsplus, erofs, block device"
 )
 _PAGE_CACHE = (
-    f"{_DISK}, squashfs, iso9660, cramfs, romfs, ubifs, jffs2, ecryptfs, overlay, nfs, nfs4, afs"
+    f"{_DISK}, squashfs, iso9660, cramfs, romfs, ubifs, jffs2, ecryptfs, overlay, nfs, nfs4, afs, "
+    "9p with a cache"
 )
 _FUSE = "fuse, fuseblk, virtiofs"
 _MEMORY = "tmpfs, memfd, ramfs, devtmpfs, rootfs, hugetlbfs"

@@ -8,12 +8,15 @@ kernel. What is kept is not trusted more than the text: the kernel's verifier ch
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import json
 import os
+import select
 import struct
 import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +28,10 @@ from rsplice.errors import RspliceError
 
 _HEADERS = Path(__file__).resolve().parent / "headers"
 _FORMAT = 1  #: of the files
-_KEPT = 12  #: files at most: there are a few, by options and boots
+_KEPT = 60  #: files at most: there are a few, by options, kernels and boots
+#: In a guest of ``rsplice kernel``: the device behind which its host compiles.
+COMPILER = "RSPLICE_COMPILER"
+_COMPILER_SECONDS = 100.0
 _LOAD_MAP = struct.pack("BB", 0x18, 0x10)  # ld_imm64 of a map: BPF_PSEUDO_MAP_FD in src_reg
 _FLAGS = ["-g0", "-w"]
 
@@ -91,7 +97,56 @@ def _bcc_file() -> Path:
     )
 
 
+def answer(request: bytes) -> bytes:
+    """What a host sends back for a line that a guest sent; it compiles ten times faster."""
+    reply: dict[str, Any] = {}
+    with suppress(ValueError, KeyError, TypeError, RspliceError):
+        asked = json.loads(request)
+        reply["id"] = str(asked["id"])
+        reply["compiled"] = _to_json(compiled(str(asked["text"])))
+    return json.dumps(reply).encode() + b"\n"
+
+
+def _ask_host(device: str, text: str) -> Compiled | None:
+    """*text* compiled by the host of this guest; None if it cannot."""
+    number = f"{os.getpid()}-{time.monotonic_ns()}"
+    request = json.dumps({"id": number, "text": text}).encode() + b"\n"
+    deadline = time.monotonic() + _COMPILER_SECONDS
+    try:
+        with open(_open_alone(device, deadline), "r+b", buffering=0) as port:
+            while request:
+                request = request[port.write(request) or 0 :]
+            words = b""
+            while select.select([port], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                words += port.read(1 << 20) or b""
+                *lines, words = words.split(b"\n")
+                for line in lines:
+                    reply = json.loads(line)
+                    if reply.get("id") == number:  # else: of one that asked and was killed
+                        return _from_json(reply["compiled"]) if "compiled" in reply else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _open_alone(device: str, deadline: float) -> int:
+    """The port, which one process at a time can open. OSError if that stays so."""
+    while True:
+        try:
+            return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
 def _compile(text: str) -> Compiled:
+    device = os.environ.get(COMPILER)
+    found = _ask_host(device, text) if device else None
+    return found or _compile_here(text)
+
+
+def _compile_here(text: str) -> Compiled:
     os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
     saved = os.dup(2)
     try:
@@ -168,19 +223,25 @@ def _read(path: Path) -> Compiled | None:
         with open(fd, "rb") as file:
             if not _mine(os.fstat(fd)):
                 return None
-            data = json.loads(file.read())
-        functions = {name: bytes.fromhex(code) for name, code in data["functions"].items()}
-        return Compiled(functions, [MapSpec(**spec) for spec in data["maps"]])
+            return _from_json(json.loads(file.read()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _write(path: Path, found: Compiled) -> None:
-    """Keeps it if that can be: it is no error if not."""
-    data = {
+def _from_json(data: dict[str, Any]) -> Compiled:
+    functions = {name: bytes.fromhex(code) for name, code in data["functions"].items()}
+    return Compiled(functions, [MapSpec(**spec) for spec in data["maps"]])
+
+
+def _to_json(found: Compiled) -> dict[str, Any]:
+    return {
         "functions": {name: code.hex() for name, code in found.functions.items()},
         "maps": [asdict(spec) for spec in found.maps],
     }
+
+
+def _write(path: Path, found: Compiled) -> None:
+    """Keeps it if that can be: it is no error if not."""
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _mine(os.stat(path.parent, follow_symlinks=False)):
@@ -188,7 +249,7 @@ def _write(path: Path, found: Compiled) -> None:
         fd, name = tempfile.mkstemp(dir=path.parent)
         try:
             with open(fd, "w") as file:
-                json.dump(data, file)
+                json.dump(_to_json(found), file)
             os.replace(name, path)
         except OSError:
             os.unlink(name)

@@ -12,6 +12,7 @@ EXAMPLES
   rsplice audit --junit out.xml --fail-on 'copied>1MiB' -- ./test   for CI; or --github
   rsplice audit --journey=2 -- ./relay        and the stories of two pages
   rsplice audit --journey-finding any -- ./relay  and of a page of each finding
+  rsplice audit --kernel 6.12 -- ./relay      on another kernel, in a VM
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-v", dest="verbose", action="store_true", help="say what is attached, and when"
     )
+    parser.add_argument(
+        "--kernel",
+        metavar="VERSION",
+        help="run CMD on another kernel, in a VM (see rsplice kernel)",
+    )
     add_targets(parser)
 
 
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise RspliceError("only one report can go to standard output")
     for path in (*files, ci.summary_file(args)):
         _check_writable(path)
+    if args.kernel is not None:
+        return _run_in_vm(args, limits)
     begun = time.monotonic()
     with open_session(args, journey=journey) as session:
         if args.verbose:
@@ -90,6 +98,15 @@ def run(args: argparse.Namespace) -> int:
         if session.command and session.command.status is None:
             audit.exit_status = session.command.end()
     return _report(audit, args, limits)
+
+
+def _run_in_vm(args: argparse.Namespace, limits: list[Limit]) -> int:
+    from rsplice.commands import kernel as command
+    from rsplice.kernel.audit import audit
+
+    with command.progress() as say, command.showing_console():
+        found = audit(args, command.job_of, command.setup_of(say))
+    return found if isinstance(found, int) else _report(found, args, limits)
 
 
 def _follow(session: Session, args: argparse.Namespace) -> None:

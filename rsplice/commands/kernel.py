@@ -104,13 +104,9 @@ def _file(name: str) -> Path:
 def _run(args: argparse.Namespace) -> int:
     with progress() as say, showing_console():
         kernel = cache.find_or_fetch(args.version, say)
-        setup = vm.Setup(
-            memory=args.memory,
-            timeout=args.timeout,
-            input=_input(),
-            sinks={"output": _writer(1), "errors": _writer(2)},
-            say=say,
-        )
+        setup = setup_of(say)
+        setup.memory = args.memory
+        setup.timeout = args.timeout
         if args.cpus:
             setup.cpus = args.cpus
         job = job_of(args.command)
@@ -134,6 +130,11 @@ def job_of(command: list[str]) -> Job:
         dict(os.environb),
         os.fsencode(socket.gethostname()),
     )
+
+
+def setup_of(say: Callable[[str], None]) -> vm.Setup:
+    """A guest whose streams are those of this process."""
+    return vm.Setup(input=_input(), sinks={"output": _writer(1), "errors": _writer(2)}, say=say)
 
 
 def _input() -> int | None:

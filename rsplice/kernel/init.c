@@ -10,6 +10,7 @@
  *   cwd=DIR       the working directory, made writable: what is written there is thrown away
  *   host=NAME     the host's name
  *   network=1     bring up the network card
+ *   port=NAME     a further port, to be found as /run/rsplice/ports/NAME
  *   env=A=B       a variable of the command's environment
  *   arg=WORD      the command
  *
@@ -41,13 +42,15 @@
 #define HOST  "/host"	     /* the root directory to be */
 #define OWN   "/run/rsplice" /* what is ours, in the new root */
 #define WORDS 16384
+#define PORTS 16
 
 /* The order of the virtio ports, which rsplice/kernel/vm.py gives them. */
-enum { CONTROL = 1, INPUT, OUTPUT, ERRORS };
+enum { CONTROL = 1, INPUT, OUTPUT, ERRORS, FURTHER };
 
 static int control = -1;
 static char *arguments[WORDS], *environment[WORDS];
-static int n_arguments, n_environment;
+static char *ports[PORTS];
+static int n_arguments, n_environment, n_ports;
 static const char *cwd = "/", *modules, *host_name = "rsplice";
 static bool network;
 
@@ -113,9 +116,9 @@ static void load_module(const char *path)
 		close(fd);
 }
 
-static void add(char **list, int *count, char *word)
+static void add(char **list, int *count, int room, char *word)
 {
-	if (*count == WORDS - 1) {
+	if (*count == room - 1) {
 		errno = E2BIG;
 		fail("the command and its environment");
 	}
@@ -148,32 +151,57 @@ static void read_job(void)
 			host_name = value;
 		else if (!strcmp(text, "network"))
 			network = true;
+		else if (!strcmp(text, "port"))
+			add(ports, &n_ports, PORTS, value);
 		else if (!strcmp(text, "env"))
-			add(environment, &n_environment, value);
+			add(environment, &n_environment, WORDS, value);
 		else if (!strcmp(text, "arg"))
-			add(arguments, &n_arguments, value);
+			add(arguments, &n_arguments, WORDS, value);
 		/* Only what precedes "=" was cut: the next string begins behind the value. */
 		text = value;
 	}
 }
 
 /* A port's device is called after the number that its bus has among all virtio devices. */
-static int open_port(int number, int flags)
+static int find_port(int number, char *path, size_t size)
 {
-	char path[32];
-	int bus, fd, tries;
+	int bus, tries;
 
 	for (tries = 0; tries < 1000; tries++) {
 		for (bus = 0; bus < 8; bus++) {
-			snprintf(path, sizeof(path), "/dev/vport%dp%d", bus, number);
-			fd = open(path, flags | O_CLOEXEC);
-			if (fd >= 0)
-				return fd;
+			snprintf(path, size, "/dev/vport%dp%d", bus, number);
+			if (!access(path, F_OK))
+				return 0;
 		}
 		usleep(10000);
 	}
 	errno = ENODEV;
-	fail("virtio port");
+	return -1;
+}
+
+static int open_port(int number, int flags)
+{
+	char path[32];
+	int fd = -1;
+
+	if (!find_port(number, path, sizeof(path)))
+		fd = open(path, flags | O_CLOEXEC);
+	if (fd < 0)
+		fail("virtio port");
+	return fd;
+}
+
+static void name_ports(void)
+{
+	char device[32], name[300];
+	int each;
+
+	mkdir(OWN "/ports", 0755);
+	for (each = 0; each < n_ports; each++) {
+		snprintf(name, sizeof(name), OWN "/ports/%.200s", ports[each]);
+		if (find_port(FURTHER + each, device, sizeof(device)) || symlink(device, name))
+			fail(name);
+	}
 }
 
 /* The kernel's own filesystems, in the new root. Some may be missing from this kernel. */
@@ -531,9 +559,10 @@ int main(void)
 	mount_modules(release);
 	umount2("/proc", MNT_DETACH);
 	enter_root();
+	name_ports();
 	if (access("/lib/modules", F_OK)) {
 		write_file("/proc/sys/kernel/modprobe", OWN "/modprobe");
-		add(environment, &n_environment, (char *)"MODPROBE_OPTIONS=-d " OWN);
+		add(environment, &n_environment, WORDS, (char *)"MODPROBE_OPTIONS=-d " OWN);
 	}
 	if (sethostname(host_name, strlen(host_name)))
 		fail("the host's name");

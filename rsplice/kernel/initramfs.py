@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from rsplice.kernel.image import decompressed
 _INIT = Path(__file__).with_name("init.c")
 #: Where init.c and the command find what is theirs.
 OWN = "/run/rsplice"
+PORTS = f"{OWN}/ports"
 
 #: What the guest needs before it has a root, with whatever these depend on. One that a kernel has
 #: built in, or does not have, is passed over.
@@ -44,6 +45,7 @@ class Job:
     :param argv: the command, as bytes that execve(2) takes
     :param cwd: an absolute directory of this machine
     :param environment: the command's
+    :param ports: further ports, that the command finds below PORTS
     :param files: what the command finds below OWN
     """
 
@@ -52,6 +54,7 @@ class Job:
     environment: Mapping[bytes, bytes]
     host: bytes = b"rsplice"
     network: bool = False
+    ports: Sequence[str] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -75,6 +78,7 @@ def _text(kernel: Kernel, job: Job, modules: Iterable[str]) -> bytes:
         b"cwd=" + job.cwd,
         b"host=" + job.host,
         *([b"network=1"] if job.network else []),
+        *(b"port=" + os.fsencode(name) for name in job.ports),
         *(b"env=" + name + b"=" + value for name, value in job.environment.items()),
         *(b"arg=" + word for word in job.argv),
     ]

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +30,7 @@ from rsplice.kernel import initramfs
 from rsplice.kernel.cache import Kernel, directory
 from rsplice.kernel.initramfs import Job
 from rsplice.session import handling
+from rsplice.tracers.compiled import COMPILER, answer
 
 QEMU = "qemu-system-x86_64"
 #: What a machine that runs guests needs, by Debian's names.
@@ -43,6 +44,8 @@ _CONSOLE_LINES = 20
 _KVM_SECONDS = 8.0  #: a guest that KVM runs is up within one
 _BOOT_SECONDS = 180.0  #: an emulated one on a busy machine
 _LAST_WORDS = 5.0  #: for a command that was told to end
+_ANSWER_SECONDS = 30.0
+_LINE_MAX = 1 << 23  #: bytes
 _SCRATCH_MIB = 4096
 _PR_SET_PDEATHSIG = 1
 
@@ -72,7 +75,8 @@ class Setup:
     :param timeout: seconds that the command may take
     :param input: descriptor of the command's standard input; None: it is empty
     :param sinks: take what comes out of the ports "output", "errors" and others, by name; the
-        command finds these others as OWN/ports/NAME
+        command finds these others below initramfs.PORTS
+    :param services: answer the lines that come out of further ports
     :param console: takes what the kernel writes to its console
     :param say: is told what is being done
     """
@@ -82,6 +86,7 @@ class Setup:
     timeout: float | None = None
     input: int | None = None
     sinks: Mapping[str, Sink] = field(default_factory=dict)
+    services: Mapping[str, Callable[[bytes], bytes]] = field(default_factory=dict)
     console: Sink | None = None
     say: Callable[[str], None] = lambda what: None
 
@@ -96,6 +101,14 @@ def run(kernel: Kernel, job: Job, setup: Setup) -> int:
     """
     if not shutil.which(QEMU):
         raise RspliceError(f"{QEMU} is not installed. As root: apt-get install {PACKAGES}")
+    setup = replace(setup, services={"compiler": answer, **setup.services})
+    further = [name for name in setup.sinks if name not in _STREAMS]
+    compiler = {COMPILER.encode(): f"{initramfs.PORTS}/compiler".encode()}
+    job = replace(
+        job,
+        ports=[*further, *setup.services],
+        environment={**job.environment, **compiler},
+    )
     archive = initramfs.build(kernel, job)
     if kvm_verdict() is not False and os.access("/dev/kvm", os.R_OK | os.W_OK):
         try:
@@ -177,8 +190,7 @@ class _Guest:
         theirs: list[socket.socket] = []
         arguments = _arguments(kernel, setup, job.network, self._kvm)
         arguments += ["-initrd", f"/proc/self/fd/{initrd}"]
-        extra = [name for name in setup.sinks if name not in _STREAMS]
-        for number, name in enumerate(("console", *_STREAMS, *extra)):
+        for number, name in enumerate(("console", *_STREAMS, *job.ports)):
             mine, other = socket.socketpair()
             theirs.append(other)
             self._ours.append(mine)
@@ -213,8 +225,11 @@ class _Guest:
         for each in theirs:
             each.close()
         sinks: list[Sink] = [self._take_console, self._take_control, lambda data: None]
-        names = ("output", "errors", *extra)
-        sinks += [setup.sinks.get(name, lambda data: None) for name in names]
+        for name, mine in zip(("output", "errors", *job.ports), self._ours[3:], strict=True):
+            if name in setup.services:
+                sinks.append(_Service(mine, setup.services[name]))
+            else:
+                sinks.append(setup.sinks.get(name, lambda data: None))
         for mine, sink in zip(self._ours, sinks, strict=True):
             self._selector.register(mine, selectors.EVENT_READ, sink)
         if setup.input is None:
@@ -275,7 +290,8 @@ class _Guest:
             except BrokenPipeError:
                 self._selector.unregister(source)
                 source.close()
-                self._send(signal.SIGPIPE)
+                if source in self._ours[3:5]:
+                    self._send(signal.SIGPIPE)
         if seconds == 0:
             return bool(events)
         left = self._selector.get_map().values()
@@ -377,6 +393,28 @@ class _Guest:
         if self._running:
             return f"the command did not end within {self._setup.timeout:g} s"
         return f"Linux {self._release} did not boot within {_BOOT_SECONDS:g} s"
+
+
+class _Service:
+    """Answers each line that comes out of a port.
+
+    A guest that does not take its answer in time gets no more of them: BrokenPipeError.
+    """
+
+    def __init__(self, port: socket.socket, answer: Callable[[bytes], bytes]) -> None:
+        self._port, self._answer = port, answer
+        self._words = b""
+        port.settimeout(_ANSWER_SECONDS)
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._words = (self._words + data).split(b"\n")
+        if len(self._words) > _LINE_MAX:
+            raise BrokenPipeError
+        try:
+            for line in lines:
+                self._port.sendall(self._answer(line))
+        except OSError as error:
+            raise BrokenPipeError from error
 
 
 class _Ended(RspliceError):
