@@ -180,7 +180,9 @@ FIELDS: list[Field] = [
         KIOCB_TASK io_kiocb.tctx | io_kiocb.task
         KIOCB_CTX io_kiocb.ctx
         KIOCB_USER_DATA io_kiocb.cqe.user_data
+        KIOCB_FD io_kiocb.cqe.fd
         IO_SPLICE_FD_IN io_splice.splice_fd_in
+        IO_SPLICE_LEN io_splice.len
         IO_SPLICE_FLAGS io_splice.flags
         IO_SPLICE_OFF_IN io_splice.off_in
         """,

@@ -105,6 +105,8 @@ class Tail:
     cost: str
 
 
+SUBMIT = "io_uring_submit_req"
+URING_COST = "findings of io_uring's requests are not seen"
 TAILS = (
     Tail("exit_programs", 1, "tp_messages", "sys_exit", "sendmmsg and recvmmsg are not counted"),
     Tail("exit_programs", 2, "tp_walk", "sys_exit", layouts.FEATURES["identity"]),
@@ -112,12 +114,15 @@ TAILS = (
     Tail("exit_programs", 4, "tp_reply_end", "sys_exit", "notifications are not findings"),
     Tail("exit_programs", 5, "tp_contents", "sys_exit", contents.COST),
     Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
-    Tail("enter_programs", 2, "tp_compare", "sys_enter", contents.COST),
-    Tail("enter_programs", 1, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
+    Tail("enter_programs", 1, "tp_compare", "sys_enter", contents.COST),
+    Tail("enter_programs", 2, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
     Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
     Tail("exit_task_programs", 1, "tp_leaked", "sched_process_exit", "leaked pages are not seen"),
     Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
     Tail("fuse_programs", 1, "tp_fuse_tail", "fuse_request_end", contents.COST),
+    Tail("uring_submit_programs", 0, "tp_uring_buffers", SUBMIT, URING_COST),
+    Tail("uring_submit_programs", 1, "tp_uring_compare", SUBMIT, contents.COST),
+    Tail("uring_programs", 1, "tp_uring_contents", "io_uring_complete", contents.COST),
     Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )
 
@@ -249,10 +254,11 @@ class Tracer:
         if self.identity != "all":  # a sample would count some findings
             wanted = [p for p in wanted if p.feature != "findings"]
         names = {p: name for p in wanted if (name := self._name_of(p, btf, layout))}
-        tails = [t for t in TAILS if t.tracepoint in names.values() and program.has(t.function)]
+        named = {probe.tracepoint: name for probe, name in names.items()}
+        tails = [t for t in TAILS if t.tracepoint in named and program.has(t.function)]
         with ThreadPoolExecutor() as pool:
             loads = {p: pool.submit(program.load, f"tp_{p.tracepoint}", names[p]) for p in names}
-            tail_loads = [pool.submit(program.load, t.function, t.tracepoint) for t in tails]
+            tail_loads = [pool.submit(program.load, t.function, named[t.tracepoint]) for t in tails]
             usdt.attach(program, self._files, self.usdt_files, self.missing)
         if self.measures:
             self._observe(program)

@@ -242,6 +242,38 @@ def test_without_identity_nothing_is_looked_for_and_that_is_said(tmp_path: Path)
     assert "no findings looked for" in result.stderr
 
 
+# --- io_uring -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("take", ["read", "readv", "splice"])
+@pytest.mark.parametrize(
+    ("mode", "found"),
+    [
+        ("vmspliced", ("changed-in-flight", "could change")),
+        ("gift", ("gift-still-mapped", "")),
+        ("truncated", ("truncated-in-flight", "")),
+        ("unmapped", None),
+        ("write", None),
+        ("kept", None),
+        ("ring-kept", None),
+    ],
+)
+def test_requests_of_a_ring_take_pages_too(
+    mode: str,
+    found: tuple[str, str] | None,
+    take: str,
+    watch: Watch,
+    driver: Driver,
+    tmp_path: Path,
+) -> None:
+    program = driver.program.with_name("ring_pipe")
+    seen = watch.run(program, take, mode, COUNT, tmp_path / "file")
+    assert seen.counts == ({found: COUNT} if found else {})
+    if found:
+        operation = seen.only(found[0]).first["operation"]
+        assert operation.startswith("pipe -> ") and f" via io_uring {take}" in operation
+
+
 # --- contents of pages (--integrity) --------------------------------------------------------------
 
 
@@ -383,6 +415,31 @@ def test_the_kernel_clears_what_lies_behind_a_short_reply(
 ) -> None:
     seen = serve(contents, driver, ext4, mode, tail=101)
     assert "stale-content-exposed" not in {name for name, _ in seen.counts}
+
+
+@pytest.mark.parametrize("take", ["read", "readv", "splice"])
+@pytest.mark.parametrize(
+    ("mode", "found"),
+    [
+        ("changed", DID),
+        ("vmspliced", COULD),
+        ("written", DID),
+        ("ring-written", DID),
+        ("kept", None),
+        ("ring-kept", None),
+    ],
+)
+def test_pages_that_a_ring_queues_and_takes_are_compared(
+    mode: str,
+    found: tuple[str, str] | None,
+    take: str,
+    contents: Watch,
+    driver: Driver,
+    tmp_path: Path,
+) -> None:
+    program = driver.program.with_name("ring_pipe")
+    seen = contents.run(program, take, mode, COUNT, tmp_path / "file")
+    assert seen.counts == ({found: COUNT} if found else {})
 
 
 def test_without_integrity_no_content_is_looked_at(watch: Watch, tmp_path: Path) -> None:

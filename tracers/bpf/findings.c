@@ -6,9 +6,9 @@
 #if FINDINGS
 #define SLOTS_AT_ONCE	32 /* of one program; the next goes on */
 #define PROGRAM_BUFFERS 0
-#define PROGRAM_OFFER	1
-#define PROGRAM_COMPARE 2
-BPF_PROG_ARRAY(enter_programs, 3);
+#define PROGRAM_COMPARE 1
+#define PROGRAM_OFFER	2
+BPF_PROG_ARRAY(enter_programs, 3); /* io_uring.c has some of its own */
 
 static __always_inline bool is_fuse_device(u64 file)
 {
@@ -18,36 +18,39 @@ static __always_inline bool is_fuse_device(u64 file)
 	       (u32)read32(inode + INODE_RDEV) == FUSE_DEVICE;
 }
 
-/* The pipe that a call takes buffers from; false if it takes from none. */
-static __always_inline bool find_pipe(struct inspection *inspection, u64 task, u64 regs, u32 shape)
+/* Begins to look at what a call, or a request, is about to take out of *file*: false if nothing. */
+static __always_inline bool look_into(struct inspection *inspection, u64 process, u32 via, u64 file)
 {
-	u64 file = file_of(task, read64(regs + REGS_ARG0)), inode;
-	u32 moves;
-
-	if (!file)
-		return false;
-	inode = read64(file + FILE_INODE);
-	if ((read16(inode + INODE_MODE) & S_IFMT) != S_IFIFO)
-		return false;
-	if (shape == SHAPE_VMSPLICE && read32(file + FILE_MODE) & FMODE_WRITE)
+	if (!file || (read16(read64(file + FILE_INODE) + INODE_MODE) & S_IFMT) != S_IFIFO)
 		return false;
 	inspect_pipe(inspection, pipe_of(file));
 	if (!inspection->slots)
 		return false;
+	inspection->key.process = process;
+	inspection->key.via = via;
+	inspection->reply = inspection->published = 0;
+	inspection->next = inspection->total = inspection->folio.first = inspection->folio.span = 0;
 	inspection->source = file;
 	inspection->destination = USER_MEMORY;
 	inspection->bytes = ~0ULL; /* vectors are not added up: see already_judged() */
-	if (shape != SHAPE_SPLICE)
-		return true;
+#if CONTENTS
+	__builtin_memset(inspection->changed, 0, sizeof(inspection->changed));
+#endif
+	return true;
+}
+
+/* What a splice(2) does with it. */
+static __always_inline void find_destination(struct inspection *inspection, u64 task, u64 regs)
+{
+	u32 moves = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
+
 	inspection->destination = file_of(task, read64(regs + REGS_ARG2));
 	inspection->bytes = read64(regs + REGS_ARG4);
-	moves = read64(regs + REGS_ARG5) & SPLICE_F_MOVE;
 	inspection->published = moves && inside_flag(inspection->key.process, task);
 	if (is_fuse_device(inspection->destination)) {
 		inspection->key.via = VIA_FUSE_REPLY;
 		inspection->reply = moves;
 	}
-	return true;
 }
 
 /* Whether nobody can read what is in the pipe once *file* is closed. */
@@ -160,7 +163,7 @@ static __always_inline bool pass_sound(struct inspection *inspection)
 
 int tp_sys_enter(u64 *ctx)
 {
-	u64 regs = tracepoint_arg(ctx, 0), nr = tracepoint_arg(ctx, 1), task, process;
+	u64 regs = tracepoint_arg(ctx, 0), nr = tracepoint_arg(ctx, 1), task, process, file;
 	u32 index = nr & (TABLE_SIZE - 1), shape, zero = 0;
 	u64 *entries = call_table.lookup(&index);
 	struct inspection *inspection;
@@ -177,16 +180,14 @@ int tp_sys_enter(u64 *ctx)
 	if (!process || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
 		return 0;
 	inspection = inspections.lookup(&zero);
-	if (!inspection)
+	file = file_of(task, read64(regs + REGS_ARG0));
+	if (!inspection || !look_into(inspection, process, *entries >> 8 & 0xff, file))
 		return 0;
-	inspection->key.process = process;
-	inspection->key.via = *entries >> 8 & 0xff;
-	inspection->reply = inspection->published = 0;
-	inspection->next = inspection->total = inspection->folio.first = inspection->folio.span = 0;
-	if (!find_pipe(inspection, task, regs, shape))
+	if (shape == SHAPE_VMSPLICE && read32(file + FILE_MODE) & FMODE_WRITE)
 		return 0;
+	if (shape == SHAPE_SPLICE)
+		find_destination(inspection, task, regs);
 #if CONTENTS
-	__builtin_memset(inspection->changed, 0, sizeof(inspection->changed));
 	enter_programs.call(ctx, PROGRAM_COMPARE);
 #endif
 	if (!pass_sound(inspection))
@@ -264,32 +265,38 @@ static __always_inline u32 judge_slot(struct inspection *inspection, struct buff
 	return length;
 }
 
-/* Judges what waits in the pipe. */
-int tp_buffers(u64 *ctx)
+/* Judges some of what waits in the pipe. Returns whether that was all. */
+static __always_inline bool judge_some(struct inspection *inspection)
 {
-	u32 zero = 0, i, next, slots;
-	struct inspection *inspection = inspections.lookup(&zero);
+	u32 zero = 0, i, next = inspection->next, slots = inspection->slots;
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
-	u64 total;
+	u64 total = inspection->total;
 
-	if (!inspection || !classes)
-		return 0;
-	next = inspection->next;
-	slots = inspection->slots;
-	total = inspection->total;
+	if (!classes)
+		return true;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < SLOTS_AT_ONCE; i++) {
-		if (next >= slots || total >= inspection->bytes) {
-			inspection->next = 0;
-			if (inspection->reply)
-				enter_programs.call(ctx, PROGRAM_OFFER);
-			return 0;
-		}
+		if (next >= slots || total >= inspection->bytes)
+			return true;
 		total += judge_slot(inspection, classes, next++);
 	}
 	inspection->next = next;
 	inspection->total = total;
-	enter_programs.call(ctx, PROGRAM_BUFFERS);
+	return false;
+}
+
+int tp_buffers(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!inspection)
+		return 0;
+	if (!judge_some(inspection))
+		enter_programs.call(ctx, PROGRAM_BUFFERS);
+	inspection->next = 0;
+	if (inspection->reply)
+		enter_programs.call(ctx, PROGRAM_OFFER);
 	return 0;
 }
 
@@ -302,23 +309,24 @@ static __always_inline bool can_change(struct buffer_classes *classes, u64 slot)
 	       operations == classes->operations[USER_BUFFER];
 }
 
-/* Compares what waits in the pipe with what was queued, then has it judged. */
-int tp_compare(u64 *ctx)
+/* Compares some of what waits in the pipe with what was queued. Returns whether that was all. */
+static __always_inline bool compare_some(struct inspection *inspection)
 {
 	u32 zero = 0, i;
-	struct inspection *inspection = inspections.lookup(&zero);
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
 	struct reading *reading = new_reading();
 
-	if (!inspection || !classes || !reading)
-		return 0;
+	if (!classes || !reading)
+		return true;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < SLOTS_AT_ONCE; i++) {
 		u32 next = inspection->next, number = inspection->tail + next;
 		u64 slot = slot_at(inspection->bufs, number, inspection->mask);
 
-		if (next >= inspection->slots || inspection->total >= inspection->bytes)
-			goto all;
+		if (next >= inspection->slots || inspection->total >= inspection->bytes) {
+			inspection->next = inspection->total = 0;
+			return true;
+		}
 		inspection->next++;
 		inspection->total += (u32)read32(slot + BUF_LEN);
 		if (can_change(classes, slot) &&
@@ -327,30 +335,36 @@ int tp_compare(u64 *ctx)
 		    have_contents_changed(reading))
 			inspection->changed[next / 32 & (MAX_SLOTS / 32 - 1)] |= 1U << next % 32;
 	}
-	enter_programs.call(ctx, PROGRAM_COMPARE);
-all:
-	inspection->next = inspection->total = 0;
-	enter_programs.call(ctx, PROGRAM_BUFFERS);
+	return false;
+}
+
+int tp_compare(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (inspection)
+		enter_programs.call(ctx,
+				    compare_some(inspection) ? PROGRAM_BUFFERS : PROGRAM_COMPARE);
 	return 0;
 }
 
-/* Keeps the contents of what the call that ends has queued, the newest buffers first. */
-int tp_contents(u64 *ctx)
+/* Keeps the contents of some buffers, the newest first. Returns whether these were all. */
+static __always_inline bool keep_some(struct inspection *inspection)
 {
 	u32 zero = 0, i;
-	struct inspection *inspection = inspections.lookup(&zero);
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
 	struct reading *reading = new_reading();
 
-	if (!inspection || !classes || !reading)
-		return 0;
+	if (!classes || !reading)
+		return true;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < SLOTS_AT_ONCE; i++) {
 		u32 number = inspection->tail + inspection->slots - 1 - inspection->next;
 		u64 slot = slot_at(inspection->bufs, number, inspection->mask);
 
 		if (inspection->next >= inspection->slots || inspection->total >= inspection->bytes)
-			goto all;
+			return true;
 		inspection->next++;
 		inspection->total += (u32)read32(slot + BUF_LEN);
 		if (can_change(classes, slot) &&
@@ -358,9 +372,17 @@ int tp_contents(u64 *ctx)
 				  inspection->mask, number))
 			keep_contents(reading);
 	}
-	exit_programs.call(ctx, PROGRAM_CONTENTS);
-all:
-	exit_programs.call(ctx, PROGRAM_WALK);
+	return false;
+}
+
+/* Of what the call that ends has queued. */
+int tp_contents(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (inspection)
+		exit_programs.call(ctx, keep_some(inspection) ? PROGRAM_WALK : PROGRAM_CONTENTS);
 	return 0;
 }
 #endif

@@ -29,7 +29,9 @@ struct uring_note {
 };
 BPF_TABLE("lru_hash", struct uring_key, struct uring_note, uring_notes, 4096);
 
-BPF_PROG_ARRAY(uring_programs, 1); /* tp_walk */
+#define URING_WALK     0
+#define URING_CONTENTS 1
+BPF_PROG_ARRAY(uring_programs, 2);
 
 static __always_inline u64 submitter(u64 request)
 {
@@ -63,6 +65,48 @@ static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, 
 		call->flags = zerocopy_flags(sk_of(file));
 }
 
+#if FINDINGS
+#define REQ_F_FIXED_FILE 1
+BPF_PROG_ARRAY(uring_submit_programs, 2); /* as enter_programs */
+
+/* Looks at the pipe that a request takes buffers from. */
+static __always_inline void judge_request(u64 *ctx, u64 request, u64 entry)
+{
+	u64 task = bpf_get_current_task(), file = 0;
+	u32 shape = entry & 0xff, zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (!inspection)
+		return;
+	if (shape == SHAPE_SPLICE)
+		file = splice_source(request, task);
+	else if (shape == SHAPE_READ && !(read32(request + KIOCB_FLAGS) & REQ_F_FIXED_FILE))
+		file = file_of(task, read32(request + KIOCB_FD));
+	if (!look_into(inspection, current_process(), entry >> 8, file))
+		return;
+	if (shape == SHAPE_SPLICE) {
+		inspection->bytes = read64(request + IO_SPLICE_LEN);
+		inspection->destination = file_of(task, read32(request + KIOCB_FD));
+		if (read32(request + KIOCB_FLAGS) & REQ_F_FIXED_FILE)
+			inspection->destination = 0;
+	}
+#if CONTENTS
+	uring_submit_programs.call(ctx, PROGRAM_COMPARE);
+#endif
+	uring_submit_programs.call(ctx, PROGRAM_BUFFERS);
+}
+
+int tp_uring_buffers(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (inspection && !judge_some(inspection))
+		uring_submit_programs.call(ctx, PROGRAM_BUFFERS);
+	return 0;
+}
+#endif
+
 int tp_io_uring_submit_req(u64 *ctx)
 {
 	u64 request = tracepoint_arg(ctx, 0);
@@ -76,13 +120,40 @@ int tp_io_uring_submit_req(u64 *ctx)
 		return 0;
 	if (read32(request + KIOCB_FLAGS) & REQ_F_CQE_SKIP)
 		count_lost(LOST_CQE_SKIPPED);
-	if (opcode != OP_RECV && opcode != OP_RECVMSG && opcode != OP_READ_MULTISHOT)
-		return 0;
-	key.ctx = read64(request + KIOCB_CTX);
-	key.user_data = read64(request + KIOCB_USER_DATA);
-	uring_notes.update(&key, &note);
+	if (opcode == OP_RECV || opcode == OP_RECVMSG || opcode == OP_READ_MULTISHOT) {
+		key.ctx = read64(request + KIOCB_CTX);
+		key.user_data = read64(request + KIOCB_USER_DATA);
+		uring_notes.update(&key, &note);
+	}
+#if FINDINGS
+	judge_request(ctx, request, *entry);
+#endif
 	return 0;
 }
+
+#if CONTENTS
+int tp_uring_compare(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (inspection)
+		uring_submit_programs.call(ctx, compare_some(inspection) ? PROGRAM_BUFFERS
+									 : PROGRAM_COMPARE);
+	return 0;
+}
+
+/* Keeps the contents of what the request has queued. */
+int tp_uring_contents(u64 *ctx)
+{
+	u32 zero = 0;
+	struct inspection *inspection = inspections.lookup(&zero);
+
+	if (inspection)
+		uring_programs.call(ctx, keep_some(inspection) ? URING_WALK : URING_CONTENTS);
+	return 0;
+}
+#endif
 
 /* A zero-copy send's notification: the kernel's own word on what became of it. */
 static __always_inline void count_notification(struct uring_key *where, u32 usage)
@@ -179,7 +250,11 @@ int tp_io_uring_complete(u64 *ctx)
 			prepare_into_pipe(walk, call);
 		else
 			return 0;
-		uring_programs.call(ctx, 0);
+#if CONTENTS
+		if (prepare_contents(call))
+			uring_programs.call(ctx, URING_CONTENTS);
+#endif
+		uring_programs.call(ctx, URING_WALK);
 	}
 #endif
 	return 0;
