@@ -457,22 +457,13 @@ static ssize_t answer(struct reply *reply, size_t len)
 ssize_t rsplice_fuse_reply(int fuse_fd, uint64_t unique, int fd_in, int64_t *off_in, size_t len,
 			   unsigned int flags, struct rsplice_result *result)
 {
-	struct call call = {.fd_out = fuse_fd, .flags = flags, .len = len, .id = next_call_id()};
+	struct call call = {.fd_out = fuse_fd, .flags = flags, .len = len};
 	struct reply reply = {.call = &call, .fuse_fd = fuse_fd, .unique = unique};
+	bool torn = flags & RSPLICE_F_STRICT && flags & RSPLICE_F_READAHEAD;
 	ssize_t done;
-	int error;
 
-	if (flags & ~ALL_FLAGS || len > MOST ||
-	    (flags & RSPLICE_F_STRICT && flags & RSPLICE_F_READAHEAD)) {
-		errno = EINVAL;
+	if (call_begin(&call, fd_in, off_in, !(flags & ~ALL_FLAGS) && len <= MOST && !torn))
 		return -1;
-	}
-	error = source_open(&call.source, fd_in, off_in);
-	if (error) {
-		errno = -error;
-		return -1;
-	}
-	rsplice_probe_reserve(call.id, fd_in, fuse_fd, (int64_t)len);
 	if (wants(&call, RSPLICE_F_STRICT) && would_copy(&call.source, len))
 		done = -EOPNOTSUPP;
 	else

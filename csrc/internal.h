@@ -92,6 +92,11 @@ struct call {
 };
 
 HIDDEN int64_t next_call_id(void);
+/*
+ * Opens the source, gives the call its number and tells probes. -1 with errno, which is EINVAL if
+ * the caller's other arguments are not valid: then there is nothing to end.
+ */
+HIDDEN int call_begin(struct call *call, int fd_in, const int64_t *off_in, bool valid);
 /* Closes the source, tells probes, caller and errno of a result; what the call returns. */
 HIDDEN ssize_t call_end(struct call *call, ssize_t done, int64_t *off_in,
 			struct rsplice_result *result);

@@ -72,6 +72,19 @@ uint32_t why_copied(const struct call *call, enum rsplice_how how)
 	}
 }
 
+int call_begin(struct call *call, int fd_in, const int64_t *off_in, bool valid)
+{
+	int error = valid ? source_open(&call->source, fd_in, off_in) : -EINVAL;
+
+	if (error) {
+		errno = -error;
+		return -1;
+	}
+	call->id = next_call_id();
+	rsplice_probe_reserve(call->id, fd_in, call->fd_out, (int64_t)call->len);
+	return 0;
+}
+
 ssize_t call_end(struct call *call, ssize_t done, int64_t *off_in, struct rsplice_result *result)
 {
 	const struct rsplice_result *counts = &call->result;
@@ -169,11 +182,10 @@ static ssize_t splice_out(const struct call *call, int fd, loff_t *offset, size_
 
 	while (done < size) {
 		size_t left = size - done, piece = left < call->piece ? left : call->piece;
-		unsigned int more = piece < left ? SPLICE_F_MORE : 0;
 		int error = call->piece == WHOLE ? 0 : wait_for_room(call, 0);
-		ssize_t taken = error ? 0
-				      : splice(fd, offset, call->fd_out, NULL, piece,
-					       splice_flags(call) | more);
+		ssize_t taken =
+			error ? 0
+			      : splice(fd, offset, call->fd_out, NULL, piece, splice_flags(call));
 
 		if (taken < 0)
 			error = -errno;
@@ -452,20 +464,11 @@ static ssize_t carry_out(struct call *call, int64_t *off_out, size_t len)
 ssize_t rsplice(int fd_in, int64_t *off_in, int fd_out, int64_t *off_out, size_t len,
 		unsigned int flags, struct rsplice_result *result)
 {
-	struct call call = {.fd_out = fd_out, .flags = flags, .len = len, .id = next_call_id()};
+	struct call call = {.fd_out = fd_out, .flags = flags, .len = len};
 	ssize_t done;
-	int error;
 
-	if (flags & ~ALL_FLAGS || len > SSIZE_MAX) {
-		errno = EINVAL;
+	if (call_begin(&call, fd_in, off_in, !(flags & ~ALL_FLAGS) && len <= SSIZE_MAX))
 		return -1;
-	}
-	error = source_open(&call.source, fd_in, off_in);
-	if (error) {
-		errno = -error;
-		return -1;
-	}
-	rsplice_probe_reserve(call.id, fd_in, fd_out, (int64_t)len);
 	done = len ? carry_out(&call, off_out, len) : 0;
 	return call_end(&call, done, off_in, result);
 }

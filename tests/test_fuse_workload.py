@@ -651,8 +651,9 @@ def test_a_killed_server_leaves_neither_mount_nor_process(tmp_path: Path, mode: 
         assert reader.result(timeout=GONE_S) in (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
     wait_until(lambda: not is_mounted(tmp_path / "mnt"), "it is still mounted")
     wait_until(lambda: not comm(watchdog), "the watchdog is still there")
+    # The mount goes before the process is quite gone.
     with pytest.raises(RspliceError, match="killed"):
-        server.poll()
+        wait_until(lambda: not server.poll(), "the server is still there")
     server.stop()
 
 

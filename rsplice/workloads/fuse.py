@@ -12,13 +12,11 @@ import hashlib
 import mmap
 import os
 import signal
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +37,13 @@ from rsplice.workloads.core import (
     filesystem_of,
     scratch,
 )
-from rsplice.workloads.mounts import FUSE, FUSE_DEVICE, fuse_module, wait_unmounted
+from rsplice.workloads.mounts import (
+    FUSE,
+    FUSE_DEVICE,
+    Readers,
+    fuse_module,
+    wait_unmounted,
+)
 
 #: Bytes of the largest READ: with the reply's header it fills a pipe of 256 slots.
 MAX_READ = 255 * 4096
@@ -289,33 +293,11 @@ class _Readers:
         self._source = source
         self._files = files
         self._settings = settings
-        self._done = mmap.mmap(-1, _PAGE)  # files read by each
+        self._readers = Readers(settings, server.poll)
 
     def read(self, directory: Path, progress: Progress) -> Calls:
         """Reads until the work is done; what the readers counted."""
-        crew = Crew(directory)
-        budget = Budget(None, self._settings.seconds)
-        try:
-            for number in range(self._settings.threads):
-                share = self._share(number)
-                if share != 0:
-                    crew.start("rsplice-reader", partial(self._work, number, share))
-            return crew.wait(lambda: self._look(budget, progress))
-        finally:
-            crew.stop()
-
-    def _share(self, number: int) -> int | None:
-        count, threads = self._settings.count, self._settings.threads
-        return None if count is None else count // threads + (number < count % threads)
-
-    def _look(self, budget: Budget, progress: Progress) -> None:
-        if not self._server.poll():
-            raise RspliceError("the filesystem was unmounted while it was read")
-        done = budget.done
-        if self._settings.count:
-            files = struct.unpack_from(f"{self._settings.threads}Q", self._done)
-            done = max(done, sum(files) / self._settings.count)
-        progress(min(done, 1.0), self._settings.mode)
+        return self._readers.run(directory, progress, self._work)
 
     def _work(self, number: int, share: int | None, calls: Calls) -> None:
         self._check_names()
@@ -325,7 +307,7 @@ class _Readers:
         while budget.take():
             self._read_file(self._files[turn % len(self._files)], buffer, calls)
             turn += 1
-            struct.pack_into("Q", self._done, 8 * number, turn - number)
+            self._readers.tell(number, turn - number)
 
     def _check_names(self) -> None:
         shown = {

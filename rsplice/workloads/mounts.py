@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 import re
+import struct
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rsplice.errors import RspliceError
+from rsplice.workloads.core import Budget, Calls, Crew, Progress, Settings
 
 #: What a file of a FUSE filesystem and the device that a server replies to are called in an audit.
 FUSE = "fuse"
@@ -48,3 +52,53 @@ def wait_unmounted(path: Path, seconds: float) -> bool:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+class Readers:
+    """Processes that read through a mount; each has its share of ``count`` operations.
+
+    :param serving: True while the filesystem is served; RspliceError if that has failed
+    """
+
+    def __init__(self, settings: Settings, serving: Callable[[], bool]) -> None:
+        self._settings = settings
+        self._serving = serving
+        self._done = mmap.mmap(-1, mmap.PAGESIZE)  # operations of each
+
+    def run(
+        self,
+        directory: Path,
+        progress: Progress,
+        work: Callable[[int, int | None, Calls], None],
+    ) -> Calls:
+        """What they counted, once all are done.
+
+        :param work: what each of them does, with its number and its share (None: no limit)
+        """
+        crew = Crew(directory)
+        budget = Budget(None, self._settings.seconds)
+        try:
+            for number in range(self._settings.threads):
+                share = self._share(number)
+                if share != 0:
+                    crew.start("rsplice-reader", partial(work, number, share))
+            return crew.wait(lambda: self._look(budget, progress))
+        finally:
+            crew.stop()
+
+    def tell(self, number: int, operations: int) -> None:
+        """Reader *number* has made so many operations."""
+        struct.pack_into("Q", self._done, 8 * number, operations)
+
+    def _share(self, number: int) -> int | None:
+        count, threads = self._settings.count, self._settings.threads
+        return None if count is None else count // threads + (number < count % threads)
+
+    def _look(self, budget: Budget, progress: Progress) -> None:
+        if not self._serving():
+            raise RspliceError("the filesystem was unmounted while it was read")
+        done = budget.done
+        if self._settings.count:
+            operations = struct.unpack_from(f"{self._settings.threads}Q", self._done)
+            done = max(done, sum(operations) / self._settings.count)
+        progress(min(done, 1.0), self._settings.mode)

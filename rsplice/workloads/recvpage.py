@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from rsplice.workloads.core import (
     filesystem_of,
     scratch,
 )
-from rsplice.workloads.mounts import fuse_module, is_mounted
+from rsplice.workloads.mounts import Readers, fuse_module, is_mounted
 
 #: What a file of the filesystem is called in an audit.
 FUSE = "fuse"
@@ -264,63 +263,38 @@ def run_with(settings: Settings, progress: Progress, fault: Fault | None) -> Cal
         time.sleep(SETTLED_S)
         made.start_server(fault)
         made.mount()
-        readers = _Readers(made, settings, blocks, directory)
-        calls = readers.read(patterns, progress)
+        readers = Readers(settings, made.poll)
+        work = partial(_read_files, made, settings, readers, patterns, blocks)
+        calls = readers.run(directory, progress, work)
         calls.merge(made.finish())
         return calls
 
 
-class _Readers:
-    """Processes that read through the mount, and check what they read."""
-
-    def __init__(self, made: Stage, settings: Settings, blocks: int, directory: Path) -> None:
-        self._stage = made
-        self._settings = settings
-        self._blocks = blocks
-        self._crew = Crew(directory)
-        self._done = mmap.mmap(-1, _PAGE)  # operations of each
-
-    def read(self, patterns: list[Pattern], progress: Progress) -> Calls:
-        """Reads until the work is done; what the readers counted."""
-        budget = Budget(None, self._settings.seconds)
-        try:
-            for number, pattern in enumerate(patterns):
-                share = self._share(number)
-                if share != 0:
-                    work = partial(self._read_files, number, share, pattern)
-                    self._crew.start("rsplice-reader", work)
-            return self._crew.wait(lambda: self._look(budget, progress))
-        finally:
-            self._crew.stop()
-
-    def _share(self, number: int) -> int | None:
-        count, threads = self._settings.count, self._settings.threads
-        return None if count is None else count // threads + (number < count % threads)
-
-    def _look(self, budget: Budget, progress: Progress) -> None:
-        if not self._stage.poll():
-            raise RspliceError("the filesystem of recvpage has ended early")
-        done = budget.done
-        if self._settings.count:
-            operations = struct.unpack_from(f"{self._settings.threads}Q", self._done)
-            done = max(done, sum(operations) / self._settings.count)
-        progress(min(done, 1.0), self._settings.mode)
-
-    def _read_files(self, number: int, share: int | None, pattern: Pattern, calls: Calls) -> None:
-        budget = Budget(share, self._settings.seconds)
-        buffer = memoryview(mmap.mmap(-1, self._settings.size))
-        operations = 0
-        path = self._stage.mountpoint / f"file-{number}"
-        while budget.done < 1.0:
-            with open(path, "rb", buffering=0) as file:
-                for block in range(self._blocks):
-                    if not budget.take():
-                        break
-                    _read_block(calls, file.fileno(), buffer)
-                    pattern.expect(buffer, block * len(buffer), path.name)
-                    operations += 1
-                    struct.pack_into("Q", self._done, 8 * number, operations)
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _read_files(
+    made: Stage,
+    settings: Settings,
+    readers: Readers,
+    patterns: list[Pattern],
+    blocks: int,
+    number: int,
+    share: int | None,
+    calls: Calls,
+) -> None:
+    """One reader: reads its file to the end, drops its pages, and starts over."""
+    budget = Budget(share, settings.seconds)
+    buffer = memoryview(mmap.mmap(-1, settings.size))
+    operations = 0
+    path = made.mountpoint / f"file-{number}"
+    while budget.done < 1.0:
+        with open(path, "rb", buffering=0) as file:
+            for block in range(blocks):
+                if not budget.take():
+                    break
+                _read_block(calls, file.fileno(), buffer)
+                patterns[number].expect(buffer, block * len(buffer), path.name)
+                operations += 1
+                readers.tell(number, operations)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_block(calls: Calls, fd: int, buffer: memoryview) -> None:
