@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -64,7 +65,9 @@ def _make(build: Path, target: str) -> None:
 
 @pytest.fixture(scope="session")
 def build_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("drivers")
+    """Where the drivers are built; an emulated machine finds them built by its host."""
+    built = os.environ.get("RSPLICE_TEST_DRIVERS")
+    return Path(built) if built else tmp_path_factory.mktemp("drivers")
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,9 @@ def directory() -> Path:
     :raises RspliceError: somebody else may write there
     """
     path = caches.directory() / "kernels"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
     for each in (path.parent, path):
+        each.mkdir(mode=0o700, exist_ok=True)
         if not caches.mine(os.stat(each, follow_symlinks=False)):
             raise RspliceError(f"{each}: others can write there: kernels are not kept in it")
     return path

@@ -36,6 +36,7 @@
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -294,6 +295,29 @@ static void mount_modules(const char *release)
 	}
 	make_directories(to);
 	mount_or_fail(from, to, NULL, MS_BIND, NULL);
+}
+
+/* Devices whose modules are loaded when they are opened, such as loop-control. */
+static void make_devices(const char *release)
+{
+	char path[400], line[300], name[100], kind;
+	unsigned major, minor;
+	FILE *list;
+
+	snprintf(path, sizeof(path), "%s/lib/modules/%s/modules.devname",
+		 access("/lib/modules", F_OK) ? OWN : "", release);
+	list = fopen(path, "re");
+	while (list && fgets(line, sizeof(line), list)) {
+		if (sscanf(line, "%*s %99s %c%u:%u", name, &kind, &major, &minor) != 4)
+			continue;
+		snprintf(path, sizeof(path), "/dev/%s", name);
+		*strrchr(path, '/') = 0;
+		make_directories(path);
+		path[strlen(path)] = '/';
+		mknod(path, (kind == 'b' ? S_IFBLK : S_IFCHR) | 0600, makedev(major, minor));
+	}
+	if (list)
+		fclose(list);
 }
 
 static void write_file(const char *path, const char *text)
@@ -560,6 +584,7 @@ int main(void)
 	umount2("/proc", MNT_DETACH);
 	enter_root();
 	name_ports();
+	make_devices(release);
 	if (access("/lib/modules", F_OK)) {
 		write_file("/proc/sys/kernel/modprobe", OWN "/modprobe");
 		add(environment, &n_environment, WORDS, (char *)"MODPROBE_OPTIONS=-d " OWN);

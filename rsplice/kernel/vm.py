@@ -110,7 +110,7 @@ def run(kernel: Kernel, job: Job, setup: Setup) -> int:
         environment={**job.environment, **compiler},
     )
     archive = initramfs.build(kernel, job)
-    if kvm_verdict() is not False and os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if kvm_device() and kvm_verdict() is not False:
         try:
             with _Guest(kernel, archive, job, setup, kvm=True) as guest:
                 status = guest.run()
@@ -123,6 +123,11 @@ def run(kernel: Kernel, job: Job, setup: Setup) -> int:
 
 
 # --- KVM ------------------------------------------------------------------------------------------
+
+
+def kvm_device() -> bool:
+    """Whether this user may ask the kernel for KVM."""
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 def kvm_verdict() -> bool | None:

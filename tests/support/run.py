@@ -21,7 +21,8 @@ from tests.support.attached import descendants_of
 
 ROOT = Path(__file__).parents[2]
 RSPLICE = [sys.executable, "-m", "rsplice"]
-DEADLINE = 60  #: seconds after which a run is given up
+#: Seconds after which a run is given up; an emulated machine is to be waited for longer.
+DEADLINE = 60 * int(os.environ.get("RSPLICE_TEST_PATIENCE", "1"))
 
 #: (via, source, destination) -> (operations, payload bytes)
 Counts = dict[tuple[str, str, str], tuple[int, int]]
