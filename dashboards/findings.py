@@ -16,7 +16,7 @@ from rsplice.dashboards.text import sanitise
 from rsplice.journey import Journeys, Story
 
 STYLES = {"violation": "bold red", "hazard": "yellow", "missed move": "cyan"}
-COLUMNS = (Column("COUNT", 9), Column("FIRST", 10), Column("LAST", 10))
+COLUMNS = (Column("COUNT", 7), Column("FIRST", 8), Column("LAST", 8))
 _KIND = 13
 _LABEL = 13
 #: What stands elsewhere: in the first line, or together under one label.

@@ -97,7 +97,7 @@ def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
     what = sanitise(step.what).ljust(_WHAT - 1)
     line = f"{elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
     indent = " " * (_TIME + 2 + _WHAT) if width >= _TIME + _WHAT + _DETAILS_MIN else "    "
-    yield from wrapped(line.rstrip(), indent, width)
+    yield from wrapped(line.rstrip(), indent, width, "bold" if step.what == "finding" else "")
 
 
 def state_of(step: Step) -> str:

@@ -204,11 +204,14 @@ class LiveView:
         known = Text(phrases.accuracy(audit.accuracy), style)
         if known.cell_len > 2 * width:
             known = Text(phrases.accuracy(audit.accuracy, details=False), style)
-        pages = (
+        pages: tuple[str, ...] = (
             phrases.page_tables(audit.pages, audit.accuracy),
             phrases.page_cache(audit.pages, audit.accuracy),
         )
-        lines = map(Text, (*_rsplice_lines(audit), *pages))
+        if max(map(len, pages)) > width:
+            pages = ("; ".join(pages),)
+        lines = [Text(line) for line in _rsplice_lines(audit)]
+        lines += [part for line in pages for part in Text(line).wrap(console, width)]
         keys = _FINDINGS_KEYS if self._view == "findings" and audit.findings else _KEYS
         return [*lines, *known.wrap(console, width), Text(keys, style="reverse")]
 
@@ -295,6 +298,7 @@ class LiveView:
         if fit < len(findings):
             yield Text(f"{start + 1} to {start + fit} of {len(findings)}", style="dim")
         yield Text()
+        yield from wrapped(sanitise(findings[at].label), "", width, "bold")
         yield from wrapped(sanitise(findings[at].advice), "", width, "dim")
 
     def _open_lines(self, width: int, room: int) -> Iterator[Text]:

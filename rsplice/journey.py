@@ -74,6 +74,7 @@ class Event:
     name: str = ""  #: last part of the file's name
     index: int = 0
     pages: int = 1  #: of its folio
+    slots: int = 0  #: of a pipe, one behind the other, that a call filled with it or emptied
     frame: int | None = None  #: number of the page frame, None where it is not known
     first: bool = False  #: the first event of its page, which also tells of its birth:
     born: int = 0  #: when it was allocated, 0 if that was not seen
@@ -119,9 +120,10 @@ class Story:
 
     @property
     def file(self) -> str:
-        """The last file whose page cache the page was in, "" if none."""
+        """The last file whose page cache it was in, the last with a name if any; "" if none."""
         files = [s.mapping for s in self.steps if s.mapping not in ("", "none", _ANONYMOUS)]
-        return files[-1] if files else ""
+        named = [file for file in files if not file.startswith(_NAMELESS)]
+        return next(reversed(named or files), "")
 
     def has_frame(self, frame: object) -> bool:
         """Whether the page frame of that number is the page's, or one of its folio."""
@@ -178,6 +180,7 @@ class Journeys:
 
 
 _ANONYMOUS = "anonymous memory"
+_NAMELESS = "inode "  #: begins what stands for a file that was deleted
 
 
 def tell(
@@ -330,12 +333,14 @@ def _mapping(event: Event) -> str:
         return "none"
     if event.name:
         return event.name
-    return f"inode {event.inode} of device {event.device >> 20}:{event.device & 0xFFFFF}"
+    return f"{_NAMELESS}{event.inode} of device {event.device >> 20}:{event.device & 0xFFFFF}"
 
 
 def _words(event: Event) -> tuple[str, str]:
     """What happened, in a word, and the rest of the sentence."""
     by = f" by {event.via}" if event.via else ""
+    if event.slots > 1:
+        by += f", {event.slots} buffers"
     if event.step == "queued":
         return "queued", _queued(event, by)
     if event.step == "taken":

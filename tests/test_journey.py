@@ -240,6 +240,9 @@ def test_a_call_that_outlives_the_page_is_told_before_its_end() -> None:
         ({"step": "queued", "end": "user memory", "via": "vmsplice"}, "queued", "from user memory"),
         ({"step": "queued", "how": "teed", "via": "tee"}, "queued", "second pipe too by tee"),
         ({"step": "queued", "how": "internal", "via": "sendfile"}, "queued", "within sendfile"),
+        ({"step": "queued", "end": "ext4", "via": "splice", "slots": 1}, "queued", "by splice"),
+        ({"step": "queued", "end": "ext4", "via": "splice", "slots": 7}, "queued", "ce, 7 buffers"),
+        ({"step": "taken", "end": "ext4", "via": "read", "slots": 7}, "copied", "read, 7 buffers"),
         ({"step": "taken", "end": "/dev/null", "via": "splice"}, "dropped", "/dev/null"),
         ({"step": "taken", "end": "tcp", "via": "splice"}, "lent", "buffers of tcp"),
         ({"step": "taken", "end": "ext4", "via": "splice"}, "copied", "to ext4 by splice"),
@@ -272,7 +275,8 @@ def test_states() -> None:
     ]  # fmt: skip
     assert (steps[1].refcount, steps[1].mapcount, steps[1].flags) == (3, 1, ["dirty"])
     assert steps[4].refcount is None
-    assert tell(events).stories[0].file == "inode 12 of device 8:1"
+    assert tell(events).stories[0].file == "a", "the name that it had"
+    assert tell(events[3:]).stories[0].file == "inode 12 of device 8:1"
 
 
 # --- JSON, recordings, Perfetto -------------------------------------------------------------------

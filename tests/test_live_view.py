@@ -23,12 +23,14 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from rsplice import dashboards
 from rsplice.audit import Audit, Finding, Process
 from rsplice.dashboards.frames import Frame
 from rsplice.dashboards.live import LiveView
 from rsplice.dashboards.spark import Sample, spark
 from rsplice.dashboards.terminal import read_keys
 from rsplice.journey import Journeys, Step, Story
+from rsplice.recording import Recording
 from tests.test_report import (
     EVIL,
     EVIL_SHOWN,
@@ -343,6 +345,19 @@ def test_the_block_without_a_terminal() -> None:
     assert lines[1] == "payload 1.10 MiB, copied >=108 KiB, avoided <=1020 KiB (<=91 %)"
     assert lines[-2].startswith("accuracy: 13 probes attached, 1 missing, 0 events lost")
     assert all(line.isprintable() and len(line) <= 80 for line in lines)
+
+
+def test_the_packaged_demo_shows_findings_with_their_journeys() -> None:
+    demo = Recording(str(File(dashboards.__file__).parent / "demo.jsonl"))
+    audit = demo.final
+    view = view_of(audit, recorded=True)
+    pressed(view, *FINDINGS)
+    assert len(audit.findings) >= 3
+    for _ in audit.findings:
+        text = screen(pressed(view, "enter"), 100, 60)
+        assert "  advice  " in text
+        assert text.index("  queued  ") < text.index("  finding  ")
+        pressed(view, "escape", "down")
 
 
 def test_sparks() -> None:

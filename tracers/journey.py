@@ -90,7 +90,7 @@ TAILS = ("jt_scan", "jt_complete")
 _FLAGS = ("locked", "referenced", "uptodate", "dirty", "lru", "active", "writeback", "swapbacked")
 _PAGE = mmap.PAGESIZE
 # bpf/journey.c: struct journey_event
-_EVENT = struct.Struct("=12Q6I2i6I16s16s32s")
+_EVENT = struct.Struct("=12Q6I2i7I4x16s16s32s")
 _TARGET = struct.Struct("=QQQ")  # struct target
 _NUMBER = struct.Struct("=I")  # of a page: also the first word of struct journey
 # include/uapi/linux/bpf.h
@@ -377,7 +377,7 @@ def _event(
     fields = _EVENT.unpack(record[: _EVENT.size])
     (time, mapping, flags, index, inode, end, call, call_time, call_filled, born, filled, address,
      number, step, via, how, pid, tid, refcount, mapcount, pages, device, born_pid, born_exact,
-     first, direct, comm, born_comm, name) = fields  # fmt: skip
+     first, direct, slots, comm, born_comm, name) = fields  # fmt: skip
     is_mark = STEPS[step] == "mark"
     is_finding = STEPS[step] == "finding"
     return Event(
@@ -407,6 +407,7 @@ def _event(
         name=_text(name),
         index=index,
         pages=pages,
+        slots=slots,
         first=bool(first),
         born=born,
         born_pid=born_pid,

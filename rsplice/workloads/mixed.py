@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -145,18 +146,24 @@ def _client(stage: Stage, calls: Calls) -> None:
 
 
 def _relay(stage: Stage, calls: Calls) -> None:
-    """Throws a file away through a pipe, which costs no copy, or copies it to another."""
+    """Throws a file away through a pipe, which costs no copy, or copies it to another.
+
+    At last it asks for pages to be moved into a file, which no kernel does.
+    """
     source, destination = stage.open("assets"), stage.open("copy")
     null = transfer.End(os.open("/dev/null", os.O_WRONLY), "/dev/null")
     pipe = transfer.Pipe()
     buffer = memoryview(bytearray(stage.settings.size))
 
     def step(phase: int) -> None:
-        for offset in stage.offsets():
+        for turn, offset in enumerate(stage.offsets()):
             if phase == COPYING:
                 os.lseek(source.fd, offset, os.SEEK_SET)
                 os.lseek(destination.fd, offset, os.SEEK_SET)
                 transfer.by_read_write(calls, source, destination, buffer)
+            elif phase == ALL and turn % 8 == 0:
+                queued = pipe.fill(calls, source, offset, len(buffer))
+                pipe.drain(calls, destination, queued, offset, move=True)
             elif phase in (AVOIDING, ALL):
                 transfer.by_splice(calls, pipe, source, null, offset, len(buffer), seek=False)
 
@@ -243,7 +250,10 @@ def _collector(stage: Stage, calls: Calls) -> None:
 
 
 def _encoder(stage: Stage, calls: Calls) -> None:
-    """Hands frames to two listeners: written to each while copying, given and teed else."""
+    """Hands frames to two listeners: written to each while copying, given and teed else.
+
+    At last it gives them away and keeps them mapped: the hazard of a gift.
+    """
     try:
         native.require()
     except RspliceError as error:
@@ -255,10 +265,9 @@ def _encoder(stage: Stage, calls: Calls) -> None:
     size = min(stage.settings.size, first.slots * PAGE_SIZE, second.slots * PAGE_SIZE)
     frame = memoryview(bytearray(size))
 
-    def give() -> None:
-        with transfer.fresh_pages(size) as pages:
-            pages[:] = frame
-            first.lend(calls, pages, gift=True)
+    def give(pages: memoryview) -> None:
+        pages[:] = frame
+        first.lend(calls, pages, gift=True)
         first.tee(calls, second, size)
 
     def write() -> None:
@@ -269,30 +278,39 @@ def _encoder(stage: Stage, calls: Calls) -> None:
         for _ in stage.offsets()[::4]:
             if phase == FILLING:
                 return
-            if phase == COPYING:
-                write()
-            else:
-                give()
-            first.drain(calls, null, size)
-            left = size
-            while left:
-                left -= second.read(calls, frame[:left])
+            with ExitStack() as mapped:
+                if phase == COPYING:
+                    write()
+                else:
+                    give(mapped.enter_context(transfer.fresh_pages(size)))
+                if phase != ALL:
+                    mapped.close()
+                first.drain(calls, null, size)
+                left = size
+                while left:
+                    left -= second.read(calls, frame[:left])
 
     stage.play(step)
 
 
 def _editor(stage: Stage, calls: Calls) -> None:
-    """Changes a page of a file while it is queued in a pipe: the hazard of splice."""
+    """Changes a page of a file, and cuts off another, while it is queued: hazards of splice."""
     assets = stage.open("assets")
+    draft = stage.open("draft", os.O_RDWR | os.O_CREAT)
     null = transfer.End(os.open("/dev/null", os.O_WRONLY), "/dev/null")
     pipe = transfer.Pipe()
-    numbers = count()
+    numbers, page = count(), memoryview(bytes(PAGE_SIZE))
 
     def step(phase: int) -> None:
         if phase == ALL:
             pipe.fill(calls, assets, 0, PAGE_SIZE)
             os.lseek(assets.fd, 0, os.SEEK_SET)
             transfer.write(calls, memoryview(b"%019d" % next(numbers)), assets)
+            pipe.drain(calls, null, PAGE_SIZE)
+            os.lseek(draft.fd, 0, os.SEEK_SET)
+            transfer.write(calls, page, draft)
+            pipe.fill(calls, draft, 0, PAGE_SIZE)
+            os.ftruncate(draft.fd, 0)
             pipe.drain(calls, null, PAGE_SIZE)
 
     stage.play(step)

@@ -146,10 +146,18 @@ class Pipe:
         expect_progress(got, "splice")
         return calls.add("splice", source.kind, PIPE, got)
 
-    def drain(self, calls: Calls, destination: End, size: int, offset: int | None = None) -> None:
-        """Hands on *size* queued bytes."""
+    def drain(
+        self,
+        calls: Calls,
+        destination: End,
+        size: int,
+        offset: int | None = None,
+        move: bool = False,
+    ) -> None:
+        """Hands on *size* queued bytes; with *move* it asks for the pages to be moved."""
+        flags = os.SPLICE_F_MOVE if move else 0
         while size:
-            done = os.splice(self.reader, destination.fd, size, offset_dst=offset)
+            done = os.splice(self.reader, destination.fd, size, offset_dst=offset, flags=flags)
             expect_progress(done, "splice")
             calls.add("splice", PIPE, destination.kind, done)
             size -= done

@@ -127,6 +127,7 @@ def test_a_large_folio_is_followed_as_one_page(driver: Driver, ext4: Path) -> No
         assert story["pages"] > 1
         whats = told(story)
         assert whats.index("queued") < whats.index("finding") < whats.index("copied")
+        assert any("buffers" in step["detail"] for step in story["steps"])
     gifts = [s for s in result.json["journeys"]["stories"] if of_server(s, "vmspliced")]
     assert len(gifts) == 3, "so many of each reason as were asked for"
 

@@ -517,6 +517,21 @@ static __always_inline u32 room_for_pages(void)
 	return JOURNEY_FILE ? 0 : pages_left();
 }
 
+/* Whether a slot holds more of the folio that was noted last: then that is noted, too. */
+static __always_inline bool more_of_it(struct hits *hits, u64 head, u32 back)
+{
+	u64 at = hits->nr - 1;
+	struct hit *hit;
+
+	asm volatile("" : "+r"(at)); /* the verifier must see the bound on the very register */
+	hit = &hits->hit[at & (JOURNEY_HITS - 1)];
+	if (!hits->nr || hit->head != head)
+		return false;
+	hit->direct = back;
+	hit->slots++;
+	return true;
+}
+
 /* Notes the pages in the slots that are followed, or may be chosen. */
 static __always_inline void note_slots(struct scan *scan, struct hits *hits)
 {
@@ -536,11 +551,15 @@ static __always_inline void note_slots(struct scan *scan, struct hits *hits)
 		scan->head = head_of(page);
 		forget(); /* loaded anew it is unknown, whichever way it was found */
 		head = scan->head;
+		if (more_of_it(hits, head, back))
+			continue;
 		if (hits->nr >= room && !journeys.lookup(&head) && !journeys_gone.lookup(&head))
 			continue;
 		hit = add_hit(hits, head, scan->step);
-		if (hit)
+		if (hit) {
 			hit->direct = back;
+			hit->slots = 1;
+		}
 	}
 }
 
@@ -558,7 +577,7 @@ static __always_inline bool is_queued(struct scan *scan, struct hit *hit)
 	if (!journey && !JOURNEY_FILE)
 		journey = choose(head);
 	if (journey && scan->how != HOW_INTERNAL && scan->how != HOW_ONWARD)
-		__sync_fetch_and_add(&journey->queued, 1);
+		__sync_fetch_and_add(&journey->queued, hit->slots);
 	return journey;
 }
 
@@ -577,7 +596,10 @@ static __always_inline bool is_taken(struct scan *scan, struct hit *hit)
 	journey = journeys.lookup(&head);
 	if (!journey || journey->queued <= 0)
 		return false;
-	__sync_fetch_and_add(&journey->queued, -1);
+	if (journey->queued > (s32)hit->slots)
+		__sync_fetch_and_add(&journey->queued, -(s32)hit->slots);
+	else
+		journey->queued = 0;
 	if (journey->moved && scan->end.id == END_FUSE_DEVICE) {
 		journey->moved = 0; /* told already */
 		return false;

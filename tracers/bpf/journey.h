@@ -74,6 +74,8 @@ struct journey_event {
 	u32 born_exact;
 	u32 first;
 	u32 direct;
+	u32 slots; /* of the pipe, one behind the other, that hold the page or its folio */
+	u32 pad;
 	char comm[16];
 	char born_comm[16];
 	char name[32];
@@ -262,7 +264,7 @@ struct hit {
 	u32 how;
 	u32 direct;
 	u32 nobody; /* the current process has nothing to do with it */
-	u32 pad;
+	u32 slots;
 };
 
 struct hits {
@@ -323,6 +325,7 @@ static __always_inline void tell(struct journey *journey, struct hit *hit)
 	event->how = hit->how;
 	event->end = hit->end;
 	event->direct = hit->direct;
+	event->slots = hit->slots;
 	if (!hit->nobody)
 		tell_who(event);
 	if (hit->time)
