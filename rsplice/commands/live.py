@@ -20,12 +20,16 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from rsplice.audit import Audit
 from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
+from rsplice.errors import RspliceError
+from rsplice.journey import ANY_FINDING, FINDING_PAGES_DEFAULT, Request
+from rsplice.session import Session
 from rsplice.tracers.capability import reason
 
 DEMO = [sys.executable, "-m", "rsplice", "workload", "mixed"]
@@ -54,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if demo:
         args.command = DEMO
     with tempfile.TemporaryFile() as kept:
-        journey = journeys.findings_request(args)
-        with open_session(args, kept.fileno(), journey) as session:
+        if sys.stderr.isatty():
+            print("rsplice: attaching probes (the first time takes longest)", file=sys.stderr)
+        with _session(args, kept.fileno(), demo) as session:
             if demo:
                 session.shown = ["rsplice", "workload", "mixed"]
             session.start()
@@ -67,6 +72,15 @@ def run(args: argparse.Namespace) -> int:
         _show_kept(kept)
     print_report(last, sys.stdout)
     return _status(last, demo)
+
+
+def _session(args: argparse.Namespace, output: int, demo: bool) -> Session:
+    """The session; the demo follows pages of findings even unasked, where that can be."""
+    asked = journeys.findings_request(args)
+    if demo and asked is None and args.identity == "all":
+        with suppress(RspliceError):
+            return open_session(args, output, Request(FINDING_PAGES_DEFAULT, finding=ANY_FINDING))
+    return open_session(args, output, asked)
 
 
 def _status(audit: Audit, demo: bool) -> int:

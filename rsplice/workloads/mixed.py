@@ -148,7 +148,7 @@ def _client(stage: Stage, calls: Calls) -> None:
 def _relay(stage: Stage, calls: Calls) -> None:
     """Throws a file away through a pipe, which costs no copy, or copies it to another.
 
-    At last it asks for pages to be moved into a file, which no kernel does.
+    Then it also asks for pages to be moved into a file, which no kernel does.
     """
     source, destination = stage.open("assets"), stage.open("copy")
     null = transfer.End(os.open("/dev/null", os.O_WRONLY), "/dev/null")
@@ -161,7 +161,7 @@ def _relay(stage: Stage, calls: Calls) -> None:
                 os.lseek(source.fd, offset, os.SEEK_SET)
                 os.lseek(destination.fd, offset, os.SEEK_SET)
                 transfer.by_read_write(calls, source, destination, buffer)
-            elif phase == ALL and turn % 8 == 0:
+            elif phase in (AVOIDING, ALL) and turn % 8 == 0:
                 queued = pipe.fill(calls, source, offset, len(buffer))
                 pipe.drain(calls, destination, queued, offset, move=True)
             elif phase in (AVOIDING, ALL):
@@ -302,7 +302,7 @@ def _editor(stage: Stage, calls: Calls) -> None:
     numbers, page = count(), memoryview(bytes(PAGE_SIZE))
 
     def step(phase: int) -> None:
-        if phase == ALL:
+        if phase in (AVOIDING, ALL):
             pipe.fill(calls, assets, 0, PAGE_SIZE)
             os.lseek(assets.fd, 0, os.SEEK_SET)
             transfer.write(calls, memoryview(b"%019d" % next(numbers)), assets)
