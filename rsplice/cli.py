@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": "show a recording again, with no privileges",
     "verify": "compare cached pages with what is on disk",
     "workload": "list or run the built-in workloads",
+    "serve-probes": "let a user without privileges trace their own processes",
     "kernel": "run a command on another kernel, in a VM",
     "diff": "say what changed between two audits",
 }
@@ -96,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _add_command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str) -> None:
-    module = importlib.import_module(f"rsplice.commands.{name}")
+    module = importlib.import_module(f"rsplice.commands.{name.replace('-', '_')}")
     description, examples = _help(module)
     parser = commands.add_parser(
         name,

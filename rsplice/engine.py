@@ -98,7 +98,7 @@ class Engine:
         self._dead: set[int] = set()  # keys that are of no trace any more
         self._unswept = 0  # keys made since there was a sweep
         self._nr_started = 0
-        self._held = False
+        self._held = 0
         self._tracer = Tracer(traces=True, owner=owner)
         self._program = self._tracer.program
         self._counters = self._tracer.counters
@@ -118,9 +118,12 @@ class Engine:
             self._attached = False
 
     def hold(self, held: bool) -> None:
-        """Keeps the probes on between traces: 5 ms less for each, 80 ns more for each call."""
+        """Keeps the probes on between traces: 5 ms less for each, 80 ns more for each call.
+
+        As many hold(False) as there were hold(True) end it.
+        """
         with self._lock:
-            self._held = held
+            self._held += 1 if held else -1
             self._rest()
 
     def _rest(self) -> None:
@@ -137,7 +140,8 @@ class Engine:
             trace = _Trace(wanted, time.monotonic(), self._counters.nr_lost())
             self._traces[number] = trace
             try:
-                self._leave_out(trace)
+                for descriptor in wanted.left_out:
+                    trace.files.append(self._keep_out(descriptor, ASIDE))
                 self._learn()
                 # The caller's own process comes last: all before is none of its work.
                 for pid in sorted(self._roots(wanted), key=lambda pid: pid == os.getpid()):
@@ -356,15 +360,18 @@ class Engine:
 
     # --- files that are left out -----------------------------------------------------------------
 
-    def _leave_out(self, trace: _Trace) -> None:
-        for descriptor in trace.wanted.left_out:
-            # Held open, so that its struct file cannot become another file's.
-            kept = os.dup(descriptor)
-            self._program.run_once("learn_file", kept)
-            address = struct.unpack("=Q", (self._learned.get(bytes(4)) or [bytes(8)])[0])[0]
-            trace.files.append((kept, address))
-            self._files[address] = self._files.get(address, 0) + 1
-            self._left_out.put(struct.pack("=Q", address), bytes(8))
+    def _keep_out(self, descriptor: int, flags: int) -> tuple[int, int]:
+        """Counts calls on an open file apart; a descriptor that holds it, and its struct file."""
+        # Held open, so that its struct file cannot become another file's.
+        kept = os.dup(descriptor)
+        address = self._file_of(kept)
+        self._files[address] = self._files.get(address, 0) + 1
+        self._left_out.put(struct.pack("=Q", address), struct.pack("=Q", flags))
+        return kept, address
+
+    def _file_of(self, descriptor: int) -> int:
+        self._program.run_once("learn_file", descriptor)
+        return int(struct.unpack("=Q", (self._learned.get(bytes(4)) or [bytes(8)])[0])[0])
 
     def _let_files(self, trace: _Trace) -> None:
         for descriptor, address in trace.files:
@@ -374,6 +381,21 @@ class Engine:
                 self._left_out.delete(struct.pack("=Q", address))
             os.close(descriptor)
         trace.files.clear()
+
+    def own(self, descriptor: int) -> int:
+        """Has calls on an open file counted as rsplice's own work, until disown().
+
+        :return: what disown() wants. The file is not held: while it is, nobody sees its end
+        """
+        with self._lock:
+            address = self._file_of(descriptor)
+            self._left_out.put(struct.pack("=Q", address), struct.pack("=Q", _OWN))
+            return address
+
+    def disown(self, address: int) -> None:
+        """Counts calls on what may be another file now as those on all others."""
+        with self._lock:
+            self._left_out.delete(struct.pack("=Q", address))
 
     # --- what was counted ------------------------------------------------------------------------
 

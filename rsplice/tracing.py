@@ -15,6 +15,8 @@ from rsplice.asides import imports_set_aside
 from rsplice.audit import Audit
 from rsplice.engine import ASIDE, Engine, Wanted
 from rsplice.errors import RspliceError
+from rsplice.probes import RemoteProbes, served_path
+from rsplice.tracers.capability import reason
 
 SCOPES = ("block", "all")
 
@@ -216,13 +218,20 @@ def probes() -> Probes:
             raise _why_not
         if _probes is None:
             try:
-                _probes = Engine()
+                _probes = _load()
             except RspliceError as error:
                 _why_not = error
                 raise
             if _holders:
                 _probes.hold(True)
         return _probes
+
+
+def _load() -> Probes:
+    """This process's own probes if it may have any, else those that somebody serves."""
+    if reason() and (path := served_path()):
+        return RemoteProbes(path)
+    return Engine()
 
 
 @contextmanager
@@ -239,8 +248,9 @@ def hold(change: int) -> None:
     """Adds to the number of those who want the probes attached between traces."""
     global _holders
     with _lock:
+        before = _holders > 0
         _holders += change
-        if _probes:
+        if _probes and before != (_holders > 0):
             _probes.hold(_holders > 0)
 
 

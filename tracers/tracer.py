@@ -177,6 +177,8 @@ class Tracer:
         btf = Btf()
         layout = layouts.resolve(btf)
         self._kernel = providers.running(btf)
+        if self._owner is not None and not layout.has("owner"):
+            raise RspliceError(f"whose a process is cannot be told: {layout.missing['owner']}")
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)

@@ -14,18 +14,21 @@ struct thread {
 	u64 aside;   /* F_ASIDE or F_OWN, or 0 */
 };
 BPF_HASH(threads, u32, struct thread, 8192);
-BPF_HASH(left_out, u64, u64, 8192); /* by address of the struct file, which is held open */
+BPF_HASH(left_out, u64, u64, 8192); /* flags by address of the struct file */
 BPF_ARRAY(learned_file, u64, 1);
 
 static __always_inline u32 aside_flags(u64 task, u64 source, u64 destination)
 {
 	u32 tid = read32(task + TASK_PID);
 	struct thread *thread = threads.lookup(&tid);
-	u32 flags = thread ? thread->aside : 0;
+	u64 *file, flags = thread ? thread->aside : 0;
 
-	if ((source > USER_MEMORY && left_out.lookup(&source)) ||
-	    (destination > USER_MEMORY && left_out.lookup(&destination)))
-		flags |= F_ASIDE;
+	file = source > USER_MEMORY ? left_out.lookup(&source) : 0;
+	if (file)
+		flags |= *file;
+	file = destination > USER_MEMORY ? left_out.lookup(&destination) : 0;
+	if (file)
+		flags |= *file;
 	return flags;
 }
 
