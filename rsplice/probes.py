@@ -16,6 +16,7 @@ of the request that they belong to (SCM_RIGHTS).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from typing import Any
 from rsplice.audit import Audit
 from rsplice.engine import ASIDE, Engine, Wanted
 from rsplice.errors import RspliceError
+from rsplice.tracers.program import BpfError
 
 MAX_REQUEST = 64 << 10  #: bytes of a line
 MAX_TRACES = 64  #: of a client, at a time
@@ -184,11 +186,11 @@ class Client:
     def _answer_all(self) -> None:
         data = b""
         while True:
-            while b"\n" in data:
-                line, _, data = data.partition(b"\n")
-                if not self._answer(line):
+            *lines, data = data.split(b"\n")
+            for line in lines:
+                if len(line) <= MAX_REQUEST and not self._answer(line):
                     return
-            if len(data) > MAX_REQUEST:
+            if max(map(len, [*lines, data])) > MAX_REQUEST:
                 self._say({"error": f"a request is longer than {MAX_REQUEST} bytes"})
                 return
             part, files, flags, _ = socket.recv_fds(self._socket, 1 << 16, MAX_FILES + 1)
@@ -213,8 +215,8 @@ class Client:
             self._say({"ok": self._do(request)})
         except (_Refused, RspliceError) as error:
             self._say({"error": str(error)})
-        except OSError as error:
-            self._say({"error": f"cannot do that: {error.strerror}"})
+        except (OSError, BpfError) as error:
+            self._say({"error": f"cannot do that: {os.strerror(error.errno or errno.EIO)}"})
         finally:
             self._close_files()
         return True
@@ -328,14 +330,15 @@ class Client:
         self._files.clear()
 
     def _clean_up(self) -> None:
-        for number in self._traces:
-            self._engine.drop(number)
-        for tid in self._asides:
-            self._engine.set_aside(tid, 0)
-        if self._own is not None:
-            self._engine.disown(self._own)
-        if self._held:
-            self._engine.hold(False)
+        with suppress(BpfError):  # the helper ends
+            for number in self._traces:
+                self._engine.drop(number)
+            for tid in self._asides:
+                self._engine.set_aside(tid, 0)
+            if self._own is not None:
+                self._engine.disown(self._own)
+            if self._held:
+                self._engine.hold(False)
         self._close_files()
         self._socket.close()
 

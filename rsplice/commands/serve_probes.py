@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from rsplice.dashboards.text import sanitise
 from rsplice.engine import Engine
 from rsplice.errors import RspliceError
 from rsplice.probes import MAX_CLIENTS, Client, socket_path
@@ -46,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
     path = args.socket or socket_path(account.pw_uid)
     engine = Engine(owner=account.pw_uid)
     try:
-        with _listening(path, account) as listener:
-            print(
-                f"rsplice: serving probes to {account.pw_name} at {path}",
-                file=sys.stderr,
-                flush=True,
-            )
-            with suppress(Interrupted), handling((signal.SIGINT, signal.SIGTERM), _interrupt):
-                _serve(listener, engine, account.pw_uid)
+        with (
+            suppress(Interrupted),
+            handling((signal.SIGINT, signal.SIGTERM), _interrupt),
+            _listening(path, account) as listener,
+        ):
+            line = f"rsplice: serving probes to {account.pw_name} at {path}"
+            print(sanitise(line), file=sys.stderr, flush=True)
+            _serve(listener, engine, account.pw_uid)
     finally:
         engine.close()
     return 0
