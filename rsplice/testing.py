@@ -426,6 +426,7 @@ class Summary:
             self._tests[report.nodeid] = found
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        terminalreporter.ensure_newline()
         terminalreporter.section("rsplice: bytes copied by traced tests")
         if not self._tests:
             terminalreporter.write_line("no test was traced")

@@ -203,7 +203,8 @@ def test_the_manual_is_clean_roff() -> None:
 def manual_commands() -> dict[str, str]:
     """The text of the manual's COMMANDS section, by command."""
     section = MANUAL.read_text().partition(".SH COMMANDS")[2].partition("\n.SH ")[0]
-    parts = re.split(r"^\.SS rsplice (\w+).*$", section, flags=re.MULTILINE)
+    section = section.replace("\\-", "-")
+    parts = re.split(r"^\.SS rsplice ([\w-]+).*$", section, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
