@@ -37,7 +37,7 @@ _INTEGER_MAX = 1 << 64
 class Recorder:
     """Writes a recording; what was written so far can be played, even after a crash.
 
-    A file of that name is replaced, never followed or written into.
+    A file of that name is replaced, never followed or written into. "-" is the standard output.
 
     :raises RspliceError: the file cannot be made
     """
@@ -45,6 +45,10 @@ class Recorder:
     def __init__(self, path: str, command: Sequence[str] = ()) -> None:
         self._path = path
         self._journeys: Journeys | None = None  #: those written last
+        if path == "-":
+            self._file = open(os.dup(1), "wb")  # noqa: SIM115 (closed by close())
+            self._line({"schema": SCHEMA, "rsplice": __version__, "command": list(command)})
+            return
         try:
             _refuse_special(path)
             number, temporary = tempfile.mkstemp(".tmp", ".rsplice-", os.path.dirname(path) or ".")

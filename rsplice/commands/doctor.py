@@ -74,6 +74,7 @@ def diagnose() -> Diagnosis:
     checks.append(_check_btf())
     checks.append(_check_privilege())
     checks.append(_check_bcc())
+    checks.append(_check_vm())
     try:
         if why_not := capability.reason():
             raise RspliceError(why_not)
@@ -162,6 +163,23 @@ def _check_bcc() -> Check:
         fix = "this is PyPI's bcc, another package: remove it and install python3-bpfcc"
         return Check("BCC", "missing", fix, "nothing can be traced")
     return Check("BCC", "ok", f"version {getattr(bcc, '__version__', 'unknown')}")
+
+
+def _check_vm() -> Check:
+    """Whether other kernels can be run."""
+    from rsplice.kernel import vm
+
+    if lacking := vm.missing_programs():
+        fix = f"no {', '.join(lacking)}: apt-get install {vm.PACKAGES} gcc libc6-dev"
+        return Check("other kernels", "missing", fix, "rsplice kernel and --kernel do not work")
+    if not vm.kvm_device():
+        return Check("other kernels", "ok", "emulated: /dev/kvm is missing or closed to this user")
+    kvm = {
+        None: "with KVM if it runs a guest, which is tried with the first one",
+        True: "with KVM, which ran one since this machine booted",
+        False: "emulated: KVM did not run one since this machine booted",
+    }
+    return Check("other kernels", "ok", kvm[vm.kvm_verdict()])
 
 
 def _conclude(found: Diagnosis, missing: set[str], tracer: Tracer) -> None:

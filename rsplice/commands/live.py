@@ -12,6 +12,7 @@ EXAMPLES
   rsplice live -- rsync -a a/ b    a command
   rsplice live -p 4711             a running process
   rsplice live --all               the whole machine
+  rsplice live --kernel 6.12 -- ./server   on another kernel, in a VM
   rsplice live --journey -- ./relay   and the journey of a page of each finding
 """
 
@@ -27,7 +28,7 @@ from typing import IO
 from rsplice.audit import Audit
 from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
-from rsplice.errors import RspliceError
+from rsplice.errors import EXIT_FAILED, RspliceError
 from rsplice.journey import ANY_FINDING, FINDING_PAGES_DEFAULT, Request
 from rsplice.session import Session
 from rsplice.tracers.capability import reason
@@ -41,6 +42,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--interval", metavar="S", type=seconds, default=1.0, help="seconds between two screens"
     )
     journeys.prepare_findings_parser(parser)
+    parser.add_argument(
+        "--kernel",
+        metavar="VERSION",
+        help="run CMD on another kernel, in a VM (see rsplice kernel)",
+    )
     add_targets(parser)
 
 
@@ -51,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from rsplice.dashboards.live import run_live
     from rsplice.dashboards.report import print_report
 
+    if args.kernel is not None:
+        return _show_guest(args)
     demo = not (args.command or args.pids or args.everything)
     why_not = reason()
     if demo and why_not:
@@ -81,6 +89,38 @@ def _session(args: argparse.Namespace, output: int, demo: bool) -> Session:
         with suppress(RspliceError):
             return open_session(args, output, Request(FINDING_PAGES_DEFAULT, finding=ANY_FINDING))
     return open_session(args, output, asked)
+
+
+def _show_guest(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rsplice.commands.kernel import progress
+    from rsplice.dashboards.live import run_live
+    from rsplice.dashboards.report import print_report
+    from rsplice.kernel import cache
+    from rsplice.kernel.live import GuestSource, check
+
+    check(args.pids, args.everything, args.command)
+    options = [f"--interval={args.interval}", f"--identity={args.identity}"]
+    options += [f"--user={args.user}"] if args.user is not None else []
+    options += ["--integrity"] if args.integrity else []
+    options += [f"--journey={args.journey}"] if args.journey is not None else []
+    with tempfile.TemporaryFile() as kept:
+        with progress() as say:
+            kernel = cache.find_or_fetch(args.kernel, say)
+            say(f"booting Linux {kernel.release}")
+            source = GuestSource(kernel, args.command, options, kept)
+            with source:
+                source.wait()
+                say("")
+                run_live(source, Console(), interval=args.interval)
+                status = source.end()
+        _show_kept(kept)
+    last = source.snapshot()
+    if last.duration_s == 0:
+        return status or EXIT_FAILED
+    print_report(last, sys.stdout)
+    return status
 
 
 def _status(audit: Audit, demo: bool) -> int:

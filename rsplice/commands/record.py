@@ -24,7 +24,13 @@ from rsplice.session import Interrupted, Session, passing_signals
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``rsplice record``."""
-    parser.add_argument("-o", dest="file", metavar="FILE", required=True, help="the recording")
+    parser.add_argument(
+        "-o",
+        dest="file",
+        metavar="FILE",
+        required=True,
+        help="the recording ('-': standard output)",
+    )
     parser.add_argument(
         "--duration", metavar="S", type=seconds, help="end after S seconds (CMD: by SIGTERM)"
     )
@@ -38,9 +44,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Records until the command, the processes or the duration end."""
     journey = journeys.findings_request(args)
+    streamed = args.file == "-"
+    output = 2 if streamed else None
     with (
         Recorder(args.file, args.command) as recorder,
-        open_session(args, journey=journey) as session,
+        open_session(args, output, journey) as session,
     ):
         with contextlib.suppress(Interrupted), passing_signals(session):
             session.start()
@@ -50,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if session.command and audit.exit_status is None:
             audit.exit_status = session.command.end()
         recorder.write(audit, end=True)
-    print(f"rsplice: {args.file}: {audit.duration_s:.1f} s recorded", file=sys.stderr)
+    if not streamed:
+        print(f"rsplice: {args.file}: {audit.duration_s:.1f} s recorded", file=sys.stderr)
     return audit.exit_status or 0
 
 

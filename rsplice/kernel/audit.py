@@ -12,6 +12,8 @@ from rsplice.audit import Audit
 from rsplice.errors import RspliceError
 from rsplice.kernel import cache, vm
 from rsplice.kernel.initramfs import PORTS, Job
+from rsplice.kernel.live import check
+from rsplice.recording import parse_audit
 
 _PORT = "audit"
 _AUDIT_MAX = 1 << 28  #: bytes
@@ -27,10 +29,7 @@ def audit(
     :param setup: with sinks for what the command prints
     :raises RspliceError: the options rule each other out, or the guest failed
     """
-    if args.pids or args.everything or not args.command:
-        raise RspliceError(
-            "--kernel runs a command: write -- CMD [ARG...], and neither -p nor --all"
-        )
+    check(args.pids, args.everything, args.command)
     kernel = cache.find_or_fetch(args.kernel, setup.say)
     received: list[bytes] = []
 
@@ -46,8 +45,8 @@ def audit(
         # It has said why.
         return status or 125
     try:
-        found = Audit.from_json(json.loads(b"".join(received)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = parse_audit(json.loads(b"".join(received)))
+    except (ValueError, RecursionError) as error:
         raise RspliceError(f"the guest sent something else than an audit: {error}") from error
     found.kernel_where = "vm"
     return found

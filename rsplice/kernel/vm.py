@@ -125,6 +125,14 @@ def run(kernel: Kernel, job: Job, setup: Setup) -> int:
 # --- KVM ------------------------------------------------------------------------------------------
 
 
+def missing_programs() -> list[str]:
+    """What has to be installed before a guest can be run, by its programs' names."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+    return [
+        name for name in (QEMU, "depmod", "mkfs.ext4", "cc") if not shutil.which(name, path=path)
+    ]
+
+
 def kvm_device() -> bool:
     """Whether this user may ask the kernel for KVM."""
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
@@ -135,7 +143,7 @@ def kvm_verdict() -> bool | None:
     try:
         kept = json.loads((directory() / "kvm").read_text())
         return bool(kept["works"]) if kept["boot"] == _boot() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (RspliceError, OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""make test-kernels: tests of the running kernel, run on other kernels, one boot for each.
+
+``python -m tests.kernels [--write] [SERIES...]`` runs them in guests of ``rsplice kernel``, prints
+a table and exits with 1 if anything was not as expected. With ``--write`` the table goes to
+docs/kernels.md. What a kernel cannot show is in NOT_SEEN, with the reason: such a test has to
+fail there, or the entry is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "kernels"
+DOCS = ROOT / "docs" / "kernels.md"
+
+#: Debian's oldest that is supported in full, its stable one, and the newest that it has.
+SERIES = ("6.1", "6.12", "7.3")
+AT_ONCE = 2
+SECONDS = 1500  #: for the tests of one kernel
+_TEST_SECONDS = 400
+
+#: What is run: pytest's arguments.
+TESTS = (
+    "tests/real/test_driver.py",
+    "tests/real/test_findings.py",
+    "tests/real/test_fuse.py",
+    "tests/real/test_processes.py",
+    "tests/real/test_journey.py",
+    "tests/test_tracer.py",
+)
+#: The same again with slower memory reads, which every kernel has: once is enough.
+_LEFT_OUT = "not probe"
+
+
+@dataclass(frozen=True)
+class NotSeen:
+    """Tests that must not pass on some kernels.
+
+    :param tests: a pattern of their names
+    :param before: kernels older than this (major, minor)
+    :param reason: what that kernel lacks, for users
+    """
+
+    tests: str
+    before: tuple[int, int]
+    reason: str
+
+
+NOT_SEEN: tuple[NotSeen, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What became of the tests on one kernel."""
+
+    series: str
+    release: str = ""
+    collected: list[str] = field(default_factory=list)
+    results: dict[str, tuple[str, str]] = field(default_factory=dict)  #: test -> (outcome, why)
+    status: int = 0
+    seconds: float = 0.0
+
+    def expected(self, test: str) -> NotSeen | None:
+        """The entry of NOT_SEEN for a test on this kernel."""
+        version = tuple(int(part) for part in self.series.split("."))
+        return next((n for n in NOT_SEEN if version < n.before and re.search(n.tests, test)), None)
+
+    def problems(self) -> list[str]:
+        """What was not as expected, a line each."""
+        found = []
+        for test in self.collected:
+            outcome, why = self.results.get(test, ("missing", "the guest ended before it"))
+            entry = self.expected(test)
+            if outcome == "passed" and entry:
+                found.append(f"{self.series}: {test}: passed, but should not: {entry.reason}")
+            elif outcome != "passed" and not entry:
+                found.append(f"{self.series}: {test}: {outcome}: {why}")
+        if not self.collected:
+            found.append(f"{self.series}: no test was run (exit status {self.status})")
+        return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Runs tests on other kernels.")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--only", metavar="TEST", action="append", help="pytest's argument instead")
+    parser.add_argument("series", nargs="*", default=SERIES)
+    args = parser.parse_args()
+    _prepare()
+    tests = tuple(args.only or TESTS)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        outcomes = list(pool.map(lambda series: _run(series, tests), args.series))
+    table = table_of(outcomes)
+    print(table)
+    if args.write:
+        _write(table)
+    problems = [problem for outcome in outcomes for problem in outcome.problems()]
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+def _prepare() -> None:
+    """What takes long under emulation is done here: compiling the drivers, and the tests."""
+    drivers = BUILD / "drivers"
+    drivers.mkdir(parents=True, exist_ok=True)
+    make = ("make", "-s", "-C", ROOT / "tests/drivers", f"BUILD={drivers}", "all", "compat32")
+    subprocess.run(make, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", *_options(), *TESTS],
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def _options() -> list[str]:
+    return ["-p", "no:cacheprovider", "-k", _LEFT_OUT]
+
+
+def _environment() -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(BUILD / "pycache")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+def _run(series: str, tests: tuple[str, ...]) -> Outcome:
+    """The tests on one kernel. What pytest prints goes to build/kernels/SERIES.log."""
+    script = (
+        'exec 3>&1 1>&2; echo "$(uname -r)" >&3; modprobe -a loop btrfs xfs; '
+        'RSPLICE_TEST_RESULTS=/dev/fd/3 exec "$@"'
+    )
+    pytest = [sys.executable, "-m", "pytest", "-p", "tests.support.results", *_options()]
+    pytest += ["-v", "--tb=short", f"--timeout={_TEST_SECONDS}", *tests]
+    guest = [sys.executable, "-m", "rsplice", "kernel", "run", f"--timeout={SECONDS}"]
+    guest += ["--memory=4096", f"--console={BUILD / series}.console", series, "--"]
+    environment = _environment() | {
+        "RSPLICE_TEST_DRIVERS": str(BUILD / "drivers"),
+        "RSPLICE_TEST_PATIENCE": "10",
+    }
+    outcome = Outcome(series)
+    begun = time.monotonic()
+    with (
+        open(f"{BUILD / series}.log", "wb") as log,
+        subprocess.Popen(
+            [*guest, "sh", "-c", script, "sh", *pytest],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as run,
+    ):
+        assert run.stdout is not None
+        for line in run.stdout:
+            _take(line, outcome)
+            if len(outcome.results) % 50 == 1:
+                _say(outcome, begun)
+    outcome.status = run.returncode
+    outcome.seconds = time.monotonic() - begun
+    _say(outcome, begun)
+    return outcome
+
+
+def _take(line: str, outcome: Outcome) -> None:
+    if not line.startswith("{"):
+        outcome.release = line.strip()
+        return
+    entry = json.loads(line)
+    if "collected" in entry:
+        outcome.collected = entry["collected"]
+    else:
+        outcome.results[entry["test"]] = (entry["outcome"], entry["why"])
+
+
+_saying = threading.Lock()
+
+
+def _say(outcome: Outcome, begun: float) -> None:
+    with _saying:
+        done, all_ = len(outcome.results), len(outcome.collected)
+        print(
+            f"{outcome.series}: {done} of {all_} tests, {time.monotonic() - begun:.0f} s",
+            flush=True,
+        )
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table_of(outcomes: list[Outcome]) -> str:
+    """Test functions by kernel: how many of their cases passed, and what was not seen, and why."""
+    functions = dict.fromkeys(_function(test) for o in outcomes for test in o.collected)
+    reasons = list(
+        dict.fromkeys(n.reason for o in outcomes for t in o.collected if (n := o.expected(t)))
+    )
+    lines = [
+        f"| test | {' | '.join(f'{o.series} ({o.release})' for o in outcomes)} |",
+        f"| --- |{' --- |' * len(outcomes)}",
+    ]
+    for function in functions:
+        cells = [_cell(outcome, function, reasons) for outcome in outcomes]
+        lines.append(f"| {function} | {' | '.join(cells)} |")
+    lines.append("")
+    lines += [f"{number}. Not seen: {reason}." for number, reason in enumerate(reasons, 1)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _function(test: str) -> str:
+    """ "driver: disposition" of "tests/real/test_driver.py::test_disposition[...]"."""
+    file, _, name = test.partition("::")
+    return f"{Path(file).stem[5:]}: {name.partition('[')[0][5:].replace('_', ' ')}"
+
+
+def _cell(outcome: Outcome, function: str, reasons: list[str]) -> str:
+    counts: Counter[str] = Counter()
+    for test in outcome.collected:
+        if _function(test) == function:
+            entry = outcome.expected(test)
+            passed = outcome.results.get(test, ("missing", ""))[0] == "passed"
+            if entry:
+                counts[f"not seen [{reasons.index(entry.reason) + 1}]"] += 1
+            else:
+                counts["passed" if passed else "**failed**"] += 1
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _write(table: str) -> None:
+    before, _, rest = DOCS.read_text().partition("<!-- results -->\n")
+    after = rest.partition("<!-- /results -->")[2]
+    DOCS.write_text(f"{before}<!-- results -->\n\n{table}\n<!-- /results -->{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
