@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -33,13 +34,23 @@ BUFFER_SIZE = 1 << 20
 THREADS = 2
 START_S = 20.0
 
-#: How READs are answered, as `rsplice workload fuse --mode` names it.
-MODES = ("copy", "direct", "splice", "rsplice", "passthrough")
+#: How READs are answered: options of `rsplice workload fuse`. Readahead is the default's, one READ,
+#: in all of them; asking for it also has rsplice keep it going: RSPLICE_F_READAHEAD.
+WAYS = {
+    "copy": ("--mode", "copy"),
+    "direct": ("--mode", "direct"),
+    "splice": ("--mode", "splice"),
+    "rsplice": ("--mode", "rsplice"),
+    "rsplice-ahead": ("--mode", "rsplice", "--readahead", "1020K"),
+    "passthrough": ("--mode", "passthrough"),
+}
 #: Whether the source's pages are in the page cache when the reading starts.
 STATES = ("cold", "warm")
 REMOTE_MODES = ("copy", "rsplice")
 FILLS = ("read-write", "read-mapping", "rsplice", "rsplice-thp", "rsplice-hugetlb")
 PIECES = ("pieces-single", "pieces-batch")
+#: Memory whose first touch is timed before each reading, bytes.
+TOUCHED = 16 << 20
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 FILL_SIZE = 256 << 20
 
@@ -94,11 +105,11 @@ def make_file(path: Path, size: int) -> None:
 
 
 @contextmanager
-def served(source: Path, mount: Path, mode: str) -> Iterator[int]:
+def served(source: Path, mount: Path, way: str) -> Iterator[int]:
     """The directory *source* shown on *mount*; the pid of the process that serves."""
     command = (
         *(*RSPLICE, "workload", "fuse", "--source", str(source), "--mount", str(mount)),
-        *("--mode", mode, "--threads", str(THREADS)),
+        *(*WAYS[way], "--threads", str(THREADS)),
     )
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True
@@ -124,10 +135,23 @@ def _server(process: subprocess.Popen[str], mount: Path) -> int:
     raise Unavailable("the process that serves was not found")
 
 
-def read_served(source: Path, mount: Path, mode: str, readings: Readings) -> None:
-    """One round of a mode, cold and warm."""
+def touch_memory(readings: Readings) -> None:
+    """What the first touch of a page costs now: microseconds of this thread's time.
+
+    Much where the host has taken free memory back, and has to find it again.
+    """
+    with mmap.mmap(-1, TOUCHED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        started = time.thread_time()
+        for at in range(0, TOUCHED, mmap.PAGESIZE):
+            memory[at] = 1
+        seconds = time.thread_time() - started
+    add(readings, "first touch", us_per_page=seconds * 1e6 * mmap.PAGESIZE / TOUCHED)
+
+
+def read_served(source: Path, mount: Path, way: str, readings: Readings) -> None:
+    """One round of one way, cold and warm."""
     buffer = memoryview(bytearray(BUFFER_SIZE))
-    with served(source, mount, mode) as server:
+    with served(source, mount, way) as server:
         (name,) = (path.name for path in source.iterdir())
         for state in STATES:
             if state == "cold":
@@ -141,7 +165,7 @@ def read_served(source: Path, mount: Path, mode: str, readings: Readings) -> Non
             cpu = processor_seconds(server) - before
             add(
                 readings,
-                f"{mode} {state}",
+                f"{way} {state}",
                 mib_per_s=size / seconds / (1 << 20),
                 cpu_s_per_gib=cpu * GIB / size,
             )
@@ -283,12 +307,13 @@ def measure(size: int, rounds: int, say: Say) -> dict[str, Any]:
             say(f"round {number + 1} of {rounds}")
             turn = 1 if number % 2 == 0 else -1
             done.take("fuse", "dd", read_by_dd, file)
-            for mode in MODES[::turn]:
-                done.take("fuse", mode, read_served, source, mount, mode)
+            for way in list(WAYS)[::turn]:
+                done.take("memory", "first touch", touch_memory)
+                done.take("fuse", way, read_served, source, mount, way)
             for mode in REMOTE_MODES[::turn]:
                 done.take("remote", f"recvpage {mode}", fetch, size // 8, mode)
-            for way in (*FILLS, *PIECES)[::turn]:
-                done.take("memory", way, fill_memory, fill, file, way)
+            for fill_way in (*FILLS, *PIECES)[::turn]:
+                done.take("memory", fill_way, fill_memory, fill, file, fill_way)
             done.take("memory", "memcpy", fill_memory, fill, file, "memcpy")
             done.take("calls", "calls", fill_memory, fill, file, "calls")
             done.take("calls", "python", python_calls)
