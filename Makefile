@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make live    the dashboard over a built-in workload
 # make test    everything that is checked
+# make test-kernels   tests on other kernels, in VMs
 # make setup   only .venv/bin/rsplice
 # make bench   what tracing costs, what librsplice gains
 # make fuzz    ten minutes of random calls and faults (FUZZ_SECONDS)
@@ -11,7 +12,7 @@ CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability 
 	--inline-suppr --error-exitcode=1
 BPF_FILES := $(wildcard tracers/bpf/*.[ch] tests/bpf/*.[ch])
 
-.PHONY: live test setup setup-test setup-bench lint bench fuzz clean
+.PHONY: live test test-kernels setup setup-test setup-bench lint bench fuzz clean
 
 live: setup
 	@.ci/as-root $(BIN)/rsplice live
@@ -27,6 +28,9 @@ setup-bench:
 
 test: lint
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -p no:cacheprovider
+
+test-kernels: setup-test
+	@.ci/as-root $(BIN)/python -m tests.kernels $(KERNELS)
 
 lint: setup-test
 	$(BIN)/ruff check .

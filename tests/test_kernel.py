@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
 import shutil
 import signal
 import struct
@@ -27,6 +28,7 @@ from rsplice.errors import RspliceError
 from rsplice.kernel import cache, debian, image, initramfs, vm
 from rsplice.kernel.cache import Kernel
 from rsplice.kernel.initramfs import Job
+from tests import kernels
 
 RELEASE = "6.12.7-test"
 
@@ -636,3 +638,61 @@ def test_the_audit_passes_on_what_decides_the_counts() -> None:
     assert passed == known - here
     assert parser.parse_args([*options, "--", "x"]) == given_
     assert _options(parser.parse_args(["--journey-json", "f", "x"]))[-1] == "--journey"
+
+
+# --- make test-kernels ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> kernels.NotSeen:
+    entry = kernels.NotSeen(r"::test_late\b", (6, 2), "it came with 6.2")
+    monkeypatch.setattr(kernels, "NOT_SEEN", (entry,))
+    return entry
+
+
+def outcome_of(series: str, **results: str) -> kernels.Outcome:
+    outcome = kernels.Outcome(series, f"{series}.9", ["tests/test_x.py::test_one[a]"])
+    outcome.collected += ["tests/test_x.py::test_one[b]", "tests/test_x.py::test_late"]
+    names = dict(zip(("a", "b", "late"), outcome.collected, strict=True))
+    outcome.results = {names[key]: (what, "why") for key, what in results.items()}
+    return outcome
+
+
+@pytest.mark.usefixtures("lacking")
+def test_a_kernels_results_are_held_against_what_it_can_show() -> None:
+    assert outcome_of("6.1", a="passed", b="passed", late="failed").problems() == []
+    assert outcome_of("6.12", a="passed", b="passed", late="passed").problems() == []
+    assert outcome_of("6.1", a="passed", b="skipped", late="passed").problems() == [
+        "6.1: tests/test_x.py::test_one[b]: skipped: why",
+        "6.1: tests/test_x.py::test_late: passed, but should not: it came with 6.2",
+    ]
+    assert outcome_of("6.12", a="passed", late="failed").problems() == [
+        "6.12: tests/test_x.py::test_one[b]: missing: the guest ended before it",
+        "6.12: tests/test_x.py::test_late: failed: why",
+    ]
+    assert kernels.Outcome("6.1", status=125).problems() == [
+        "6.1: no test was run (exit status 125)"
+    ]
+
+
+@pytest.mark.usefixtures("lacking")
+def test_the_table_shows_what_passed_and_why_the_rest_is_not_seen() -> None:
+    outcomes = [
+        outcome_of("6.1", a="passed", b="failed", late="failed"),
+        outcome_of("6.12", a="passed", b="passed", late="passed"),
+    ]
+    assert kernels.table_of(outcomes) == (
+        "| test | 6.1 (6.1.9) | 6.12 (6.12.9) |\n"
+        "| --- | --- | --- |\n"
+        "| x: one | 1 passed, 1 **failed** | 2 passed |\n"
+        "| x: late | 1 not seen [1] | 1 passed |\n"
+        "\n"
+        "1. Not seen: it came with 6.2.\n"
+    )
+
+
+def test_the_docs_give_the_reasons_that_the_tests_know() -> None:
+    results = kernels.DOCS.read_text().partition("<!-- results -->")[2]
+    told = set(re.findall(r"^\d+\. Not seen: (.*)\.$", results, re.MULTILINE))
+    assert told == {entry.reason for entry in kernels.NOT_SEEN}
+    assert "**failed**" not in results

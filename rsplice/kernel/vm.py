@@ -43,7 +43,6 @@ _STREAMS = ("control", "input", "output", "errors")
 _CONSOLE_LINES = 20
 _KVM_SECONDS = 8.0  #: a guest that KVM runs is up within one
 _BOOT_SECONDS = 180.0  #: an emulated one on a busy machine
-_LAST_WORDS = 5.0  #: for a command that was told to end
 _ANSWER_SECONDS = 30.0
 _LINE_MAX = 1 << 23  #: bytes
 _SCRATCH_MIB = 4096
@@ -73,6 +72,7 @@ class Setup:
 
     :param memory: MiB
     :param timeout: seconds that the command may take
+    :param last_words: seconds that it has to end once a signal has told it to
     :param input: descriptor of the command's standard input; None: it is empty
     :param sinks: take what comes out of the ports "output", "errors" and others, by name; the
         command finds these others below initramfs.PORTS
@@ -84,6 +84,7 @@ class Setup:
     memory: int = 2048
     cpus: int = field(default_factory=lambda: min(os.cpu_count() or 1, 4))
     timeout: float | None = None
+    last_words: float = 15.0
     input: int | None = None
     sinks: Mapping[str, Sink] = field(default_factory=dict)
     services: Mapping[str, Callable[[bytes], bytes]] = field(default_factory=dict)
@@ -380,7 +381,7 @@ class _Guest:
         self._signals += 1
         if self._running and self._signals == 1:
             self._send(number)
-            self._last_words = time.monotonic() + _LAST_WORDS
+            self._last_words = time.monotonic() + self._setup.last_words
             return
         raise _Ended(number)
 
