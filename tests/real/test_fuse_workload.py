@@ -85,7 +85,7 @@ def runs(ext4: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]
 
     def run(mode: str) -> Run:
         if mode not in done:
-            options = ["--mode", mode, "--size", str(SIZE), "--count", str(2 * len(sizes))]
+            options = ["--mode", *mode.split(), "--size", str(SIZE), "--count", str(2 * len(sizes))]
             result = audit(
                 [*RSPLICE, "workload", "fuse", *options, "--threads", "1", "--json"],
                 env={**environment(), "TMPDIR": str(ext4)},
@@ -130,6 +130,16 @@ def test_rsplice_moves_each_whole_page_and_copies_the_tails_alone(runs: Runs) ->
     assert filled["copied"] == 0
     reported = run.own["reported"]
     assert (reported["fuse_moved"], reported["fuse_copied"]) == (reply["moved"], reply["copied"])
+
+
+def test_what_reading_ahead_has_copied_is_told_by_both(runs: Runs) -> None:
+    run = runs("rsplice --readahead 1020K")
+    reply = run.path(SERVER, PIPE, DEVICE, REPLY)
+    reported = run.own["reported"]
+    assert (reported["fuse_moved"], reported["fuse_copied"]) == (reply["moved"], reply["copied"])
+    assert reply["evidence"] == "identity"
+    assert reply["copied"] % PAGE == run.tails % PAGE
+    assert run.tails < reply["copied"] < run.payload // 4
 
 
 def test_rsplice_leaves_the_sources_pages_out_of_the_cache(runs: Runs) -> None:
