@@ -18,14 +18,6 @@ static unsigned long tried;
 static unsigned long every = 1;
 static struct fault fault;
 
-static void strike_inside(bool before)
-{
-	if (before)
-		shim_enter();
-	else
-		shim_leave();
-}
-
 /* What a call reports is what struck it, or the end of what may be waited for. */
 static bool may_fail(const struct transfer *transfer, int error)
 {
@@ -186,7 +178,7 @@ int main(int argc, char **argv)
 	if (argc > 2)
 		every = strtoul(argv[2], NULL, 10);
 	limit_seconds(110);
-	around_calls = strike_inside;
+	around_calls = shim_around;
 	for (i = 0; i < sizeof(origins) / sizeof(origins[0]); i++) {
 		for (j = 0; j < sizeof(sinks) / sizeof(sinks[0]); j++)
 			run_pair(origins[i], sinks[j]);

@@ -44,14 +44,6 @@ static size_t take_place(struct input *input)
 			   : place + take(input, 256) * 13;
 }
 
-static void strike_inside(bool before)
-{
-	if (before)
-		shim_enter();
-	else
-		shim_leave();
-}
-
 static bool may_fail(const struct transfer *transfer, int error)
 {
 	if (error == EAGAIN && transfer->flags & RSPLICE_F_NONBLOCK)
@@ -91,7 +83,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 	use_directory(2, arguments);
 	setenv("CHECK_ABORT", "1", 1);
 	signal(SIGPIPE, SIG_IGN);
-	around_calls = strike_inside;
+	around_calls = shim_around;
 	return 0;
 }
 

@@ -51,6 +51,14 @@ void shim_leave(void)
 	inside = false;
 }
 
+void shim_around(bool before)
+{
+	if (before)
+		shim_enter();
+	else
+		shim_leave();
+}
+
 void shim_spare(int source, int consumer)
 {
 	spared_source = source;

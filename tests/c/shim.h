@@ -29,6 +29,8 @@ void shim_disarm(void);
 void shim_event(void (*event)(void));
 void shim_enter(void);
 void shim_leave(void);
+/* Both, for around_calls of check.h. */
+void shim_around(bool before);
 /*
  * Transfers from `source` and into `consumer` are never cut short: a message is received whole or
  * lost in part, and /dev/fuse takes a reply or none of it. -1: no such.

@@ -25,14 +25,6 @@ static uint32_t draw(uint32_t below)
 	return (state >> 8) % below;
 }
 
-static void strike_inside(bool before)
-{
-	if (before)
-		shim_enter();
-	else
-		shim_leave();
-}
-
 static bool may_fail(const struct transfer *transfer, int error)
 {
 	(void)transfer, (void)error;
@@ -145,7 +137,7 @@ int main(int argc, char **argv)
 		rounds = strtoul(argv[2], NULL, 10);
 	signal(SIGPIPE, SIG_IGN);
 	limit_seconds(110);
-	around_calls = strike_inside;
+	around_calls = shim_around;
 	for (i = 0; i < rounds / 10 + 200; i++)
 		round_of_calls();
 	open_before = descriptors();
