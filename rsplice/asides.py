@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def _remove(switch: Switch) -> None:
 def _find_and_load(name: str, import_: Any) -> Any:
     __tracebackhide__ = True
     original = _original or _bootstrap._find_and_load
-    if getattr(_thread, "importing", False):
+    if name in sys.modules or getattr(_thread, "importing", False):
         return original(name, import_)
     switches, tid = list(_switches), threading.get_native_id()
     _thread.importing = True

@@ -40,6 +40,7 @@ class _Test:
     trace: Trace
     stack: ExitStack = field(default_factory=ExitStack)
     failed: list[Limit] = field(default_factory=list)
+    audit: Audit | None = None  #: when the body has ended
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -49,12 +50,15 @@ class _Test:
         try:
             yield
         finally:
-            self.stack.close()
-            _record(self.item, self.trace.audit)
+            with _probes_may_fail():
+                self.stack.close()
+                self.audit = self.trace.audit
+            _record(self.item, self.audit)
 
     def begin(self) -> None:
         if not self.trace.running:
-            self.stack.enter_context(_leaving_out(self.trace, self.item.config))
+            with _probes_may_fail():
+                self.stack.enter_context(_leaving_out(self.trace, self.item.config))
 
     def check(self) -> None:
         """Fails the test if it is beyond a limit."""
@@ -63,6 +67,15 @@ class _Test:
         if self.failed:
             sentences = [str(limit.holds(audit)) for limit in self.failed]
             pytest.fail("\n".join(sentences), pytrace=False)
+
+
+@contextmanager
+def _probes_may_fail() -> Iterator[None]:
+    """Fails the test with one line if the probes do."""
+    try:
+        yield
+    except RspliceError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 _TEST = pytest.StashKey[_Test]()
@@ -89,9 +102,9 @@ def wrap(item: pytest.Item) -> None:
         prepare(item)
     test = item.stash[_TEST]
     test.limits, _ = _asked_for(item)
-    if not isinstance(item, pytest.Function):
-        pytest.fail(f"rsplice traces test functions, and {item.name} is none", pytrace=False)
-    function = item.obj
+    # Of what is no function (a doctest, a file of some plugin's) all that it runs is the body.
+    name = "obj" if isinstance(item, pytest.Function) else "runtest"
+    function = getattr(item, name)
 
     if inspect.iscoroutinefunction(function):
 
@@ -112,8 +125,8 @@ def wrap(item: pytest.Item) -> None:
             test.check()
             return result
 
-    item.obj = traced
-    test.stack.callback(setattr, item, "obj", function)
+    setattr(item, name, traced)
+    test.stack.callback(setattr, item, name, function)
     instance = getattr(item, "instance", None)
     if inspect.iscoroutinefunction(function) and hasattr(instance, "_callTestMethod"):
         # unittest looks its asynchronous methods up by name.
@@ -385,16 +398,16 @@ class _Reports:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         outcome = yield
         test = item.stash.get(_TEST, None)
-        if test is None or call.when != "call":
+        if test is None or test.audit is None or call.when != "call":
             return
         report = outcome.get_result()
         if not report.failed:
             return
         lines: list[str] = []
         for limit in test.failed:
-            lines += [*failure_lines(test.trace.audit, limit), ""]
+            lines += [*failure_lines(test.audit, limit), ""]
         if not lines:
-            lines = _overview(test.trace.audit)
+            lines = _overview(test.audit)
         if hasattr(report.longrepr, "addsection"):
             report.longrepr.addsection("rsplice", "\n".join(lines).rstrip())
         else:

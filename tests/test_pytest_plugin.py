@@ -513,23 +513,24 @@ def test_spoilt(spoilt):
     )
 
 
-@pytest.mark.parametrize(
-    ("mark", "why"),
-    [
-        ("max_copied", "max_copied: one argument is needed"),
-        ("max_copied('lots')", "max_copied: a size such as 0, '64 KiB' or '1 MiB' is wanted*"),
-        ("max_copied(0, where='here')", "max_copied: no argument where"),
-        ("max_copied(0, scope='some')", "scope: one of body, all is wanted, not 'some'"),
-        ("max_copies_per_byte('x')", "max_copies_per_byte: a number is wanted, not 'x'"),
-        ("no_findings('bugs')", "no_findings: no finding 'bugs'; there are violation,*"),
-    ],
-)
-def test_a_marker_that_says_nothing_sensible_fails_its_test(
-    pytester: pytest.Pytester, mark: str, why: str
-) -> None:
-    result = run(pytester, f"@pytest.mark.{mark}\ndef test_it():\n    pass\n")
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines([why])
+NONSENSE = {
+    "max_copied": "max_copied: one argument is needed",
+    "max_copied('lots')": "max_copied: a size such as 0, '64 KiB' or '1 MiB' is wanted*",
+    "max_copied(0, where='here')": "max_copied: no argument where",
+    "max_copied(0, scope='some')": "scope: one of body, all is wanted, not 'some'",
+    "max_copies_per_byte('x')": "max_copies_per_byte: a number is wanted, not 'x'",
+    "no_findings('bugs')": "no_findings: no finding 'bugs'; there are violation,*",
+}
+
+
+def test_a_marker_that_says_nothing_sensible_fails_its_test(pytester: pytest.Pytester) -> None:
+    tests = "".join(
+        f"@pytest.mark.{mark}\ndef test_{number}():\n    pass\n"
+        for number, mark in enumerate(NONSENSE)
+    )
+    result = run(pytester, tests)
+    result.assert_outcomes(errors=len(NONSENSE))
+    result.stdout.fnmatch_lines(list(NONSENSE.values()))
 
 
 def test_other_outcomes_stay_what_they_are(pytester: pytest.Pytester) -> None:
@@ -551,33 +552,73 @@ def broken():
     raise ValueError("set-up")
 def test_set_up_fails(broken):
     pass
-def test_marked_by_a_fixture(relay):
-    relay.splice()
 @pytest.fixture
 def marking(request):
-    request.node.add_marker(pytest.mark.max_copied(0))
+    request.node.add_marker(pytest.mark.max_copied(1))
+def test_that_a_fixture_marks(relay, marking):
+    relay.copy()
 def test_after_all(relay):
+    relay.splice()
+def test_that_asks_late(request, relay):
+    request.getfixturevalue("zero_copy")
     relay.splice()
 """,
     )
-    result.assert_outcomes(passed=2, failed=1, skipped=1, xfailed=1, errors=1)
+    result.assert_outcomes(passed=2, failed=2, skipped=1, xfailed=1, errors=1)
     result.stdout.fnmatch_lines(
         ["E * ValueError: of its own", "*- rsplice -*", "payload 3.19 MiB*"]
     )
+    result.stdout.fnmatch_lines(["max_copied(1): 2228224 bytes copied"])
 
 
-def test_a_marker_that_a_fixture_adds_counts(pytester: pytest.Pytester) -> None:
+def test_items_that_are_no_functions_are_traced_as_a_whole(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+import pytest
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.max_copied(100))
+"""
+    )
+    pytester.makepyfile(
+        '''
+def small():
+    """
+    >>> len(open("/dev/zero", "rb", 0).read(100))
+    100
+    """
+def large():
+    """
+    >>> len(open("/dev/zero", "rb", 0).read(101))
+    101
+    """
+'''
+    )
+    result = pytester.runpytest_subprocess(
+        "--doctest-modules", "-p", "no:cacheprovider", timeout=100
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["max_copied(100): 101 bytes copied"])
+
+
+def test_probes_that_fail_fail_the_test_in_one_line(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
-@pytest.fixture
-def marking(request):
-    request.node.add_marker(pytest.mark.max_copied(0))
-def test_marked(relay, marking):
-    relay.copy()
+import rsplice.engine
+@pytest.fixture(params=["start", "stop"])
+def broken(monkeypatch, request):
+    def fail(self, *arguments):
+        raise rsplice.RspliceError(f"{request.param} fails")
+    monkeypatch.setattr(rsplice.engine.Engine, request.param, fail)
+@pytest.mark.max_copied(0)
+def test_it(broken):
+    pass
 """,
     )
-    result.assert_outcomes(failed=1)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["start fails", "stop fails"])
+    assert "Traceback" not in result.stdout.str()
 
 
 def test_output_that_is_not_captured_is_not_counted(pytester: pytest.Pytester) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import signal
 import socket
@@ -355,6 +356,66 @@ def test_a_command_that_is_not_there_leaves_nothing(relay: Relay) -> None:
     with rsplice.trace() as trace:
         relay.run()
     assert spliced(trace.audit) == SENT
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of its own."""
+    roots = [root for root in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup") if is_cgroup2(root)]
+    if not roots:
+        pytest.skip("no cgroup v2 is mounted")
+    path = Path(roots[0], f"rsplice-test-{os.getpid()}")
+    try:
+        (path / "below").mkdir(parents=True)
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    yield path
+    for directory in (path / "below", path):
+        directory.rmdir()
+
+
+def is_cgroup2(root: str) -> bool:
+    return os.path.exists(f"{root}/cgroup.controllers")
+
+
+def test_a_cgroup_is_counted(cgroup: Path, server: Callable[[], None], relay: Relay) -> None:
+    pid = server.pid  # type: ignore[attr-defined]
+    (cgroup / "below" / "cgroup.procs").write_text(str(pid))
+    for name in (str(cgroup), cgroup.name):
+        with rsplice.trace(cgroup=name) as trace:
+            relay.run()
+            server()
+        assert spliced(trace.audit) == SENT
+    with (
+        pytest.raises(rsplice.RspliceError, match=r"no cgroup no/such: .*check the path"),
+        rsplice.trace(cgroup="no/such"),
+    ):
+        pass
+
+
+def test_the_slower_reads_count_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On kernels before 6.2."""
+    slow = functools.partial(tracers.Tracer, direct=False)
+    monkeypatch.setattr(engine, "Tracer", slow)
+    made = engine.Engine()
+    relay = Relay(data)
+    try:
+        file, aside = os.open(data, os.O_RDONLY), threading.get_native_id()
+        number = made.start(engine.Wanted((os.getpid(),), left_out=(file,), aside=True))
+        relay.run()
+        assert len(os.pread(file, 100, 0)) == 100
+        made.set_aside(aside, engine.ASIDE)
+        relay.copy()
+        subprocess.run(["true"], check=True)
+        made.set_aside(aside, 0)
+        subprocess.run([sys.executable, "-c", RELAY, data], check=True)
+        audit = made.stop(number)
+        assert spliced(audit) == 2 * SENT
+        assert len(audit.processes) == 2
+    finally:
+        made.close()
+        relay.close()
+        os.close(file)
 
 
 # Ways out
