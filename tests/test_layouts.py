@@ -127,6 +127,7 @@ ARGUMENTS: dict[str, dict[int, tuple[str, ...]]] = {
     "page_fault_user": {},
     "skb_copy_datagram_iovec": {0: ("struct sk_buff *",), 1: ("int",)},
     "net_dev_start_xmit": {0: ("struct sk_buff *",), 1: ("struct net_device *",)},
+    "signal_deliver": {},
     "fuse_request_send": {0: ("struct fuse_req *",)},
     "fuse_request_end": {0: ("struct fuse_req *",)},
     "io_uring_submit_req": {0: ("struct io_kiocb *",)},

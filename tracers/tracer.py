@@ -33,6 +33,7 @@ class Probe:
     :param feature: the layout feature that it needs
     :param required: whether there is no audit without it
     :param identity: whether it serves page comparison only
+    :param marks: whether it serves the probes of librsplice only
     :param counts: the PageCounts that nobody counts without it
     :param older: the tracepoint's name on older kernels, with the same first argument
     """
@@ -44,6 +45,7 @@ class Probe:
     identity: bool = False
     older: str = ""
     counts: str = ""
+    marks: bool = False
 
     def name_on(self, btf: Btf) -> str | None:
         """The tracepoint's name on this kernel, None where it has none that fits."""
@@ -78,6 +80,7 @@ PROBES = (
     Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
     Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True),
+    Probe("signal_deliver", "leaked pages are not seen", "findings", identity=True, marks=True),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe(
@@ -253,6 +256,7 @@ class Tracer:
         sys_exit comes last: it is the one that every process of the machine pays for.
         """
         wanted = [p for p in PROBES if self.identity != "off" or not p.identity]
+        wanted = [p for p in wanted if self._files or not p.marks]
         if self.identity != "all":  # a sample would count some findings
             wanted = [p for p in wanted if p.feature != "findings"]
         names = {p: name for p in wanted if (name := self._name_of(p, btf, layout))}

@@ -87,6 +87,8 @@ def diagnose() -> Diagnosis:
     missing = {m.probe: m for m in tracer.missing}
     for probe in PROBES:
         gone = missing.get(probe.tracepoint)
+        if not gone and probe.tracepoint not in tracer.attached:
+            continue  # there is nothing for it here
         checks.append(
             Check(probe.tracepoint, "missing", gone.reason, gone.cost)
             if gone

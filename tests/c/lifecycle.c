@@ -105,8 +105,25 @@ static void interrupt(void)
 	exit(0);
 }
 
-/* Gifts that are spliced onwards for a move, mapped still or not, in a call or not. */
-static void give(int mapped, int in_call)
+static void end(int number)
+{
+	(void)number;
+	_exit(0);
+}
+
+/* A signal's handler ends the process while it is within its calls. */
+static void handle(void)
+{
+	signal(SIGTERM, end);
+	leak();
+	raise(SIGTERM);
+}
+
+/*
+ * Gifts that are spliced onwards for a move, mapped still or not, in a call or not; of the call's
+ * own making or not.
+ */
+static void give(int mapped, int in_call, int own)
 {
 	int first[2], second[2];
 	char page[PAGE];
@@ -123,6 +140,8 @@ static void give(int mapped, int in_call)
 		if (in_call)
 			rsplice_probe_reserve(i, first[0], second[1], PAGE);
 		require(vmsplice(first[1], &vector, 1, SPLICE_F_GIFT) == PAGE, "vmsplice");
+		if (in_call)
+			rsplice_probe_fill(i, PAGE, own ? RSPLICE_HOW_COPY : RSPLICE_HOW_REFERENCE);
 		if (!mapped)
 			munmap(memory, PAGE);
 		require(splice(first[0], NULL, second[1], NULL, PAGE, SPLICE_F_MOVE) == PAGE,
@@ -182,11 +201,15 @@ int main(int argc, char **argv)
 	else if (!strcmp(mode, "interrupted"))
 		interrupt();
 	else if (!strcmp(mode, "mapped"))
-		give(1, 1);
+		give(1, 1, 1);
 	else if (!strcmp(mode, "unmapped"))
-		give(0, 1);
+		give(0, 1, 1);
 	else if (!strcmp(mode, "mapped-outside"))
-		give(1, 0);
+		give(1, 0, 0);
+	else if (!strcmp(mode, "mapped-by-others"))
+		give(1, 1, 0);
+	else if (!strcmp(mode, "handled"))
+		handle();
 	else if (!strcmp(mode, "stale"))
 		fill(1, 1);
 	else if (!strcmp(mode, "clean"))

@@ -23,10 +23,12 @@ MODES: dict[str, dict[tuple[str, str], int]] = {
     "leak-in-threads": {("leaked", ""): 3 * COUNT},
     "mapped": {("published-while-mapped", "offered by librsplice"): COUNT},
     "mapped-outside": {("gift-still-mapped", ""): COUNT},
+    "mapped-by-others": {("gift-still-mapped", ""): COUNT},
     # The twins.
     "publish": {},
     "abort": {},
     "interrupted": {},
+    "handled": {},
     "unmapped": {},
 }
 

@@ -46,7 +46,7 @@ static __always_inline void find_destination(struct inspection *inspection, u64 
 
 	inspection->destination = file_of(task, read64(regs + REGS_ARG2));
 	inspection->bytes = read64(regs + REGS_ARG4);
-	inspection->published = moves && inside_flag(inspection->key.process, task);
+	inspection->published = moves && handles_own_pages(inspection->key.process, task);
 	if (is_fuse_device(inspection->destination)) {
 		inspection->key.via = VIA_FUSE_REPLY;
 		inspection->reply = moves;
@@ -513,6 +513,17 @@ static __always_inline void record_leaked(struct inspection *inspection, struct 
 static u64 (*current_task_btf)(void) = (void *)158; /* bpf_get_current_task_btf(), 5.11 */
 static u64 (*task_pt_regs)(u64 task) = (void *)175; /* bpf_task_pt_regs(), 5.15 */
 
+/* A signal's handler may end a thread that is within a call. */
+int tp_signal_deliver(u64 *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct inside *inside = usdt_inside.lookup(&tid);
+
+	if (inside)
+		inside->interrupted = 1;
+	return 0;
+}
+
 /*
  * A thread has ended within calls of librsplice. Only one that has itself asked to end has come out
  * of them: others were interrupted, and the kernel frees what they had.
@@ -528,7 +539,7 @@ int tp_leaked(u64 *ctx)
 		return 0;
 	if (inside->process == inspection->key.process) {
 		count_open(-(s64)inside->depth);
-		if (nr == NR_EXIT || nr == NR_EXIT_GROUP)
+		if (!inside->interrupted && (nr == NR_EXIT || nr == NR_EXIT_GROUP))
 			record_leaked(inspection, inside);
 	}
 	usdt_inside.delete(&tid);

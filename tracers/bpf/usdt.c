@@ -14,6 +14,7 @@
 
 /* The order is that of usdt.py. */
 enum mark { MARK_RESERVE, MARK_FILL, MARK_PUBLISH, MARK_FALLBACK, MARK_ABORT };
+#define HOW_REFERENCE 1 /* csrc/probes.h */
 enum place { PLACE_CONSTANT, PLACE_REGISTER, PLACE_MEMORY };
 
 struct argument {
@@ -134,16 +135,21 @@ static __always_inline void close_call(u64 process, u64 id, u64 aborted)
 		usdt_inside.delete(&tid);
 }
 
-#if CONTENTS
-static __always_inline void publish_tail(u64 process)
+/* What the marks in a call say of its pages; how: those of the probe "fill" came into them. */
+static __always_inline void see_pages(u64 process, u32 mark, u32 how)
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct inside *inside = usdt_inside.lookup(&tid);
 
-	if (inside && inside->process == process)
+	if (!inside || inside->process != process)
+		return;
+	if (mark == MARK_FILL && how == HOW_REFERENCE)
+		inside->refers = 1;
+#if CONTENTS
+	if (mark == MARK_PUBLISH)
 		look_at_tail(process, inside);
-}
 #endif
+}
 
 /* Adds nr_bytes of the arguments, from the first on. Loops: code written out takes long to compile.
  */
@@ -194,10 +200,7 @@ int usdt_mark(u64 *ctx)
 	}
 	if (key.mark == MARK_FILL || key.mark == MARK_FALLBACK)
 		key.detail = values[2] & 0xff;
-#if CONTENTS
-	if (key.mark == MARK_PUBLISH)
-		publish_tail(process);
-#endif
+	see_pages(process, key.mark, key.detail);
 	if (key.mark == MARK_PUBLISH || key.mark == MARK_ABORT)
 		close_call(process, values[0], key.mark == MARK_PUBLISH ? ~0ULL : values[1]);
 	add_mark(&key, values, first, key.mark == MARK_PUBLISH ? 5 : 1);

@@ -16,6 +16,8 @@ struct inside {
 	u64 size;  /* of the file that the last one fills, as it began */
 	u32 in;	   /* descriptors of the last one */
 	u32 out;
+	u32 refers;	 /* to pages of the source, which it has not made */
+	u32 interrupted; /* a signal was delivered */
 };
 BPF_TABLE("lru_hash", u32, struct inside, usdt_inside, 4096); /* by thread */
 /* Calls open anywhere. While there are none, a system call is not asked whose it is. */
@@ -43,9 +45,26 @@ static __always_inline u32 inside_flag(u64 process, u64 task)
 	/* A thread that died inside, and whose number another process has now, does not count. */
 	return inside && inside->process == process ? F_RSPLICE : 0;
 }
+
+/* Whether the pages that the current thread handles are librsplice's own. */
+static __always_inline bool handles_own_pages(u64 process, u64 task)
+{
+	u32 tid = read32(task + TASK_PID);
+	struct inside *inside;
+
+	if (!inside_flag(process, task))
+		return false;
+	inside = usdt_inside.lookup(&tid);
+	return inside && !inside->refers;
+}
 #else
 static __always_inline u32 inside_flag(u64 process, u64 task)
 {
 	return 0;
+}
+
+static __always_inline bool handles_own_pages(u64 process, u64 task)
+{
+	return false;
 }
 #endif
