@@ -247,9 +247,12 @@ class LiveView:
     def _tabs(self) -> Text:
         audit = self._shown.audit
         counts = (len(audit.paths), len(audit.processes), len(audit.findings))
+        worst = next(iter(phrases.by_kind(audit.findings)), None)
         line = Text()
         for view, number in zip(_VIEWS, counts, strict=True):
-            line.append(f" {view} {number} ", style="reverse" if view == self._view else "")
+            style = STYLES.get(worst.kind, "") if worst and view == "findings" else ""
+            chosen = "reverse" if view == self._view else ""
+            line.append(f" {view} {number} ", style=f"{style} {chosen}".strip())
             line.append(" ")
         if any(found.kind == "violation" for found in audit.findings):
             line.append("VIOLATION  ", style=STYLES["violation"])

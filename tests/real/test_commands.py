@@ -8,8 +8,10 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -77,14 +79,17 @@ def test_live_without_a_terminal_prints_snapshots_what_was_kept_and_the_audit() 
     assert "user memory -> /dev/null via write" in done.stdout[report:]
 
 
-def _on_a_terminal(arguments: list[str], keys: bytes) -> tuple[int, bytes]:
-    """Runs rsplice on a terminal of its own and types *keys* when the dashboard is up."""
+def _on_a_terminal(arguments: list[str], *typing: tuple[bytes, bytes]) -> tuple[int, bytes]:
+    """Runs rsplice on a terminal of its own.
+
+    :param typing: what is waited for, and the keys that are typed then, in turn
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
         os.environ.update(environment(), TERM="xterm", COLUMNS="80", LINES="24")
         os.execvp(RSPLICE[0], [*RSPLICE, *arguments])
-    seen, typed = b"", False
+    seen, start, left = b"", 0, list(typing)
     deadline = time.monotonic() + LIMIT
     try:
         while time.monotonic() < deadline:
@@ -94,9 +99,10 @@ def _on_a_terminal(arguments: list[str], keys: bytes) -> tuple[int, bytes]:
                 seen += os.read(terminal, 1 << 16)
             except OSError:  # the terminal's last user has gone
                 break
-            if not typed and b"q quit" in seen:
-                os.write(terminal, keys)
-                typed = True
+            if left and left[0][0] in seen[start:]:
+                start = len(seen)
+                os.write(terminal, left.pop(0)[1])
+        assert not left, f"{left[0][0]!r} did not appear in {seen[start:]!r}"
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
     finally:
         os.close(terminal)
@@ -104,11 +110,26 @@ def _on_a_terminal(arguments: list[str], keys: bytes) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("keys", [b"q", b"\x03"], ids=["q", "Ctrl-C"])
 def test_live_leaves_the_terminal_as_it_was(keys: bytes) -> None:
-    _, seen = _on_a_terminal(["live", "--", "sleep", "1000"], keys)
+    _, seen = _on_a_terminal(["live", "--", "sleep", "1000"], (b"q quit", keys))
     assert seen.count(b"\x1b[?1049h") == seen.count(b"\x1b[?1049l") == 1
     after = seen[seen.index(b"\x1b[?1049l") :]
     assert b"rsplice: sleep 1000" in after
     assert b"accuracy: " in after
+
+
+def test_a_finding_opens_on_the_journey_of_its_page() -> None:
+    program = 'import os; r, w = os.pipe(); os.write(w, b"left")'
+    script = f"{shlex.join([sys.executable, '-I', '-S', '-c', program])}; sleep 1000"
+    _, seen = _on_a_terminal(
+        ["live", "--journey", "--interval", "0.2", "--", "sh", "-c", script],
+        (b"q quit", b"\t\t"),
+        (b"> hazard       stranded", b"\n"),
+        (b"finding       stranded", b"\x1b"),
+        (b"enter open", b"q"),
+    )
+    opened = seen[seen.index(b"enter back") - 4096 :]
+    assert b"queued        in a pipe, the bytes copied from user memory by write" in opened
+    assert b"JOURNEYS: 1 page of findings" in seen[seen.index(b"\x1b[?1049l") :]
 
 
 def test_record_and_replay_show_the_same_numbers(tmp_path: Path) -> None:
