@@ -16,6 +16,7 @@ _TIME = 10  #: columns
 _WHAT = 14
 _MARGIN = " " * (_TIME + 2)
 _DETAILS_MIN = 20
+_GLUE = "\u00a0"  #: a space that no line ends at; sanitised text has none
 #: Of a story in brief: steps from its beginning, and those before a finding.
 _FIRST_STEPS, _STEPS_BEFORE = 4, 6
 
@@ -93,7 +94,7 @@ def heading(story: Story) -> str:
 
 
 def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
-    who = f" [{sanitise(step.comm)} {step.pid}]" if step.pid else ""
+    who = " " + f"[{sanitise(step.comm)} {step.pid}]".replace(" ", _GLUE) if step.pid else ""
     what = sanitise(step.what).ljust(_WHAT - 1)
     line = f"{elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
     indent = " " * (_TIME + 2 + _WHAT) if width >= _TIME + _WHAT + _DETAILS_MIN else "    "
@@ -133,15 +134,19 @@ def wrapped(line: str, indent: str, width: int, style: str = "") -> Iterator[Tex
     empty = True
     for word in words:
         while not empty and cell_len(made) + 1 + cell_len(word) > width:
-            yield Text(made.rstrip(), style=style, no_wrap=True)
+            yield _line(made, style)
             made, empty = indent, True
         made += word if empty else f" {word}"
         empty = False
         while cell_len(made) > width:  # a word that is longer than a line
             cut = max(1, _fitting(made, width))
-            yield Text(made[:cut], style=style, no_wrap=True)
+            yield _line(made[:cut], style)
             made = indent + made[cut:]
-    yield Text(made.rstrip(), style=style, no_wrap=True)
+    yield _line(made, style)
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(text.rstrip().replace(_GLUE, " "), style=style, no_wrap=True)
 
 
 def _fitting(text: str, width: int) -> int:

@@ -397,6 +397,12 @@ def test_a_long_story_in_brief_has_its_beginning_and_what_led_to_the_finding() -
     assert len(list(story_lines(short, 80, brief=True))) == 1 + len(short.steps)
 
 
+def test_a_process_is_not_torn_apart() -> None:
+    story = Story(1, [Step(0, "queued", "x" * 50, 7, "a b")])
+    lines = [line.plain for line in story_lines(story, 80)][1:]
+    assert lines == ["         0  queued        " + "x" * 50, " " * 26 + "[a b 7]"]
+
+
 def test_without_pages_it_says_so() -> None:
     assert next(journey_lines(Journeys(), 80)).plain.endswith("no page was seen queued in a pipe")
     assert list(journey_lines(None, 80)) == []

@@ -331,7 +331,7 @@ class Findings:
         if page.kind >= len(CLASSES):
             return "the page was copied"
         parts = [f"{CLASSES[page.kind]} buffer of {page.length} bytes at {page.offset}"]
-        parts.append(f"{page.references} references")
+        parts.append("1 reference" if page.references == 1 else f"{page.references} references")
         parts.append("in a page table" if page.mapcount >= 0 else "in no page table")
         if page.pages > 1:
             parts.append(f"a folio of {page.pages} pages")
