@@ -42,6 +42,7 @@ lint: setup-test
 bench: setup-bench
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks
 	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks.performance
+	@.ci/as-root env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m benchmarks.traces
 
 # What it finds stands in build/fuzz/found.
 FUZZ_SECONDS ?= 600

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
+
+from benchmarks import suite
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.privileged
@@ -634,3 +638,46 @@ def test_that_prints():
     )
     result.assert_outcomes(passed=1)
     assert "x" * 5000 in result.stdout.str()
+
+
+def test_a_real_suite_stays_what_it_is(tmp_path: Path) -> None:
+    """The tests of aiofiles, all of them traced: the same outcomes as without the plugin."""
+    try:
+        source = suite.fetch(tmp_path)
+    except OSError as error:
+        pytest.skip(str(error))
+    (tmp_path / "mark_all.py").write_text(
+        "import pytest\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    for item in items:\n"
+        "        item.add_marker(pytest.mark.max_copied('1 GiB'))\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests"]
+    environment = {**os.environ, "PYTHONPATH": f"{source / 'src'}:{tmp_path}"}
+
+    def outcomes(*options: str) -> tuple[str, str]:
+        """What happened to each test, and all that was printed."""
+        done = subprocess.run(
+            [*command, *options],
+            cwd=source,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        report = ElementTree.parse(source / "junit.xml")
+        found = [
+            (
+                case.get("classname"),
+                case.get("name"),
+                [part.tag for part in case if part.tag != "properties"],
+            )
+            for case in report.iter("testcase")
+        ]
+        return repr(found), done.stdout
+
+    without, _ = outcomes("-p", "no:rsplice", "--junit-xml=junit.xml")
+    traced, shown = outcomes("-p", "mark_all", "--junit-xml=junit.xml", "--rsplice-summary")
+    assert without.count("test_sendfile_socket") == 1
+    assert traced == without
+    assert re.search(r"copied of .*::test_sendfile_socket\n", shown)
