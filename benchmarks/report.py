@@ -167,7 +167,10 @@ _METHOD = """\
   (`benchmarks/floor.c`). No tracer of system calls through BPF can cost less.
 - "rsplice, not followed": the driver runs while `rsplice audit` follows another, idle program.
 - "rsplice, off", "sample" and "all": `rsplice audit --identity off` and so on, of the driver. "off"
-  counts calls and bytes; "sample" compares the pages of some calls, "all" those of each.
+  counts calls and bytes; "sample" compares the pages of some calls, "all" those of each, and alone
+  looks for lifecycle findings: it has a second probe, on sys_enter.
+- "journeys" and "integrity" are "all" with more: `--journey=2` follows two pages of the driver,
+  `--integrity` sums up the bytes of each page as it is queued in a pipe and as it is taken out.
 - bpftrace counts splice, pread64 and pwrite64 of one process and nothing else: no bytes, no
   endpoints, no children.
 - nginx is one process with `sendfile on` that serves a file from the page cache to `{load}` on

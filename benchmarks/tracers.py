@@ -66,6 +66,8 @@ def tracers(floor: Path) -> list[Tracer]:
         Tracer("off", "rsplice, off", (*AUDIT, "--identity", "off", "--")),
         Tracer("sample", "rsplice, sample", (*AUDIT, "--identity", "sample", "--")),
         Tracer("all", "rsplice, all", (*AUDIT, "--identity", "all", "--")),
+        Tracer("journey", "rsplice, journeys", (*AUDIT, "--journey=2", "--"), divisor=10),
+        Tracer("integrity", "rsplice, integrity", (*AUDIT, "--integrity", "--"), divisor=10),
         Tracer(
             "bpftrace",
             "bpftrace, counts",

@@ -162,6 +162,21 @@ def test_pages_that_leave_their_file_in_the_pipe_are_told_once(
     assert watch.script(tmp_path, body.format("")).counts == {}
 
 
+def test_a_bad_buffer_behind_sound_ones_is_told_where_it_is_taken(
+    watch: Watch, tmp_path: Path
+) -> None:
+    """40 sound buffers, then 7 whose pages have left the file, of which a read takes the first."""
+    body = "import fcntl\nfor i in range(COUNT):\n"
+    body += " r, w = os.pipe()\n fcntl.fcntl(w, 1031, 64 * PAGE)\n os.ftruncate(source, 0)\n"
+    body += " for page in range(47):\n  os.pwrite(source, b'x' * PAGE, page * PAGE)\n"
+    body += " assert os.splice(source, w, 47 * PAGE, offset_src=0) == 47 * PAGE\n"
+    body += " os.ftruncate(source, {} * PAGE)\n assert len(os.read(r, 41 * PAGE)) == 41 * PAGE\n"
+    bad = watch.script(tmp_path, body.format(40))
+    assert bad.counts == {("truncated-in-flight", ""): COUNT, ("stranded", ""): COUNT}
+    sound = watch.script(tmp_path, body.format(41))
+    assert sound.counts == {("stranded", ""): COUNT}
+
+
 def test_payload_that_nobody_will_read_is_told(watch: Watch, tmp_path: Path) -> None:
     left = watch.script(tmp_path, "os.write(w, b'left')\n")
     assert left.counts == {("stranded", ""): 1}

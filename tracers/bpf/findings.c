@@ -187,6 +187,8 @@ int tp_sys_enter(u64 *ctx)
 		return 0;
 	if (shape == SHAPE_SPLICE)
 		find_destination(inspection, task, regs);
+	if (inspection->key.via == VIA_READ)
+		inspection->bytes = read64(regs + REGS_ARG2);
 #if CONTENTS
 	enter_programs.call(ctx, PROGRAM_COMPARE);
 #endif

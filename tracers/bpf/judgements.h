@@ -96,7 +96,7 @@ static inline __attribute__((always_inline)) unsigned int judge_buffer(struct wa
 		/* copy_page_to_iter_pipe() and push_pipe(), lib/iov_iter.c before 5.17 */
 		if (buffer->flags & PIPE_BUF_FLAG_CAN_MERGE)
 			return MERGE_FLAG_ON_PAGE_CACHE;
-		/* truncate_inode_folio(), invalidate_complete_folio2(), __remove_mapping() */
+		/* truncate_inode_folio(), folio_unmap_invalidate(), __remove_mapping() */
 		if (!buffer->mapping)
 			return TRUNCATED_IN_FLIGHT;
 		return buffer->changed ? CHANGED_IN_FLIGHT : NO_FINDING;
