@@ -92,3 +92,17 @@ class ProcessSeen:
     pid: int
     comm: str
     pages: PageCounts = field(default_factory=PageCounts)
+
+
+@dataclass(frozen=True)
+class LentFile:
+    """A file whose cached pages were spliced, sent or copied.
+
+    :param filesystem: its kind, as paths of an audit name it
+    :param device: the kernel's dev_t
+    """
+
+    filesystem: str
+    device: int
+    inode: int
+    generation: int

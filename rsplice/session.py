@@ -42,6 +42,7 @@ class Session:
     :param output: descriptor for the command's standard output and error
     :param journey: the pages whose journeys are followed, if any
     :param integrity: whether the contents of queued pages are compared too; takes identity "all"
+    :param verify_files: whether the files whose pages are lent are verified when it stops; likewise
     :raises RspliceError: no privilege, no such pid, no such command, ...
     """
 
@@ -55,6 +56,7 @@ class Session:
         output: int | None = None,
         journey: Request | None = None,
         integrity: bool = False,
+        verify_files: bool = False,
     ) -> None:
         why_not = reason()
         if why_not:
@@ -73,6 +75,7 @@ class Session:
                 files=usdt.find(argv, pids),
                 journeys=Follower(journey) if journey else None,
                 integrity=integrity,
+                verify=verify_files,
             )
             for pid in pids:
                 self.tracer.follow(pid)
@@ -124,7 +127,12 @@ class Session:
         """Reads the counters for the last time and detaches every probe."""
         if self._last is None:
             self._last = self._read()
+            files = self.tracer.lent_files()
             self.tracer.close()
+            if files:
+                from rsplice.lent import verify
+
+                verify(self._last, files)
 
     def snapshot(self) -> Audit:
         """The audit so far; after stop() the last one, with the command's exit status."""

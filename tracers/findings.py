@@ -40,8 +40,9 @@ _VALUE = struct.Struct("=QQQ QQQIiIIIIII QQII32s")
 LEARNED = struct.Struct("=QQQ")
 _PAGE = 4096
 
-#: Entries of the map of findings, of that of replies under way, and of that of queued contents.
-SIZES = {"MAX_FINDINGS": 2048, "MAX_OFFERS": 128, "MAX_CONTENTS": 16384}
+#: Entries of the map of findings, of that of replies under way, of that of
+#: queued contents, and of that of files to be verified.
+SIZES = {"MAX_FINDINGS": 2048, "MAX_OFFERS": 128, "MAX_CONTENTS": 16384, "MAX_LENT": 4096}
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,7 @@ FIELDS: list[Field] = [
         PAGE_INDEX folio.index | page.index
         MAPPING_HOST address_space.host
         INODE_MAPPING inode.i_mapping
+        INODE_GENERATION inode.i_generation
         INODE_INO inode.i_ino
         INODE_DENTRY inode.i_dentry.first
         SB_DEV super_block.s_dev

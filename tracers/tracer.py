@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe
 from rsplice.errors import RspliceError
+from rsplice.events import LentFile
 from rsplice.tracers import contents, operations, providers, usdt
 from rsplice.tracers import layout as layouts
 from rsplice.tracers.btf import Btf
@@ -21,6 +22,7 @@ from rsplice.tracers.findings import SIZES, Findings, learn
 from rsplice.tracers.journey import Follower
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
 
+_LENT = struct.Struct("=QIIQ")  # bpf/lent.h
 IDENTITY = {"off": 0, "sample": 1, "all": 2}
 
 
@@ -139,6 +141,7 @@ class Tracer:
     :param files: with probes of librsplice, as usdt.find() returned them; they are closed
     :param journeys: the pages to be followed, if any; closed with the tracer
     :param integrity: whether the contents of queued pages are compared too; takes identity "all"
+    :param verify: whether the files are noted whose pages are lent; takes identity "all"
     :param traces: for an Engine (rsplice/engine.py): threads and files can be set aside, and the
         probes taken off and put on again
     :param owner: whose processes are followed; what is no more theirs after exec is let go.
@@ -153,11 +156,13 @@ class Tracer:
         files: Sequence[usdt.File] = (),
         journeys: Follower | None = None,
         integrity: bool = False,
+        verify: bool = False,
         traces: bool = False,
         owner: int | None = None,
     ) -> None:
         self.identity = identity
         self._integrity = integrity
+        self._verify = verify
         self.attached: list[str] = []
         self.missing: list[MissingProbe] = []
         self.usdt_files: list[str] = []  #: those whose probes are attached
@@ -211,6 +216,7 @@ class Tracer:
             "DIRECT": int(self.direct),
             "USDT": int(bool(self._files)),
             "INTEGRITY": int(self._integrity),
+            "VERIFY": int(self._verify),
             "TRACES": int(self._traces),
             "OWNED": int(self._owner is not None),
             "OWNER": self._owner or 0,
@@ -353,6 +359,16 @@ class Tracer:
     @property
     def program(self) -> Program:
         return self._program
+
+    def lent_files(self) -> list[LentFile]:
+        """The files whose cached pages were spliced, sent or copied, if they are noted."""
+        if not self._verify:
+            return []
+        keys = [_LENT.unpack(key) for key, _ in self._program.map("lent_files").items()]
+        return [
+            LentFile(self.counters.kind(end), device, inode, generation)
+            for inode, device, generation, end in keys
+        ]
 
     def close(self) -> None:
         if self.journeys:

@@ -56,6 +56,12 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="exit with 120 if EXPR holds, e.g. 'copied>10MiB', 'lost>0', violation; repeatable",
     )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="at the end compare the cached pages of the files that were spliced, sent or copied "
+        "with the disk",
+    )
     ci.prepare_parser(parser)
     journeys.prepare_parser(parser)
     parser.add_argument(
@@ -85,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
     for path in (*files, ci.summary_file(args)):
         _check_writable(path)
     if args.kernel is not None:
+        if args.verify:
+            raise RspliceError("--verify reads this machine's disks: leave out --kernel")
         return _run_in_vm(args, limits)
     begun = time.monotonic()
-    with open_session(args, journey=journey) as session:
+    with open_session(args, journey=journey, verify_files=args.verify) as session:
         if args.verbose:
             _say_attached(session, time.monotonic() - begun)
         with contextlib.suppress(Interrupted), passing_signals(session):

@@ -41,7 +41,10 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
 
 
 def open_session(
-    args: argparse.Namespace, output: int | None = None, journey: Request | None = None
+    args: argparse.Namespace,
+    output: int | None = None,
+    journey: Request | None = None,
+    verify_files: bool = False,
 ) -> Session:
     """The session that the options ask for. RspliceError unless they name one target."""
     targets = [bool(args.command), bool(args.pids), args.everything]
@@ -49,6 +52,8 @@ def open_session(
         raise RspliceError("say what to follow: either -- CMD [ARG...], or -p PID, or --all")
     if args.integrity and args.identity != "all":
         raise RspliceError(f"--integrity looks at every page: leave out --identity {args.identity}")
+    if verify_files and args.identity != "all":
+        raise RspliceError(f"--verify looks at every call: leave out --identity {args.identity}")
     return Session(
         args.command,
         args.pids,
@@ -58,6 +63,7 @@ def open_session(
         output,
         journey,
         args.integrity,
+        verify_files,
     )
 
 

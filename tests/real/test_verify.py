@@ -162,7 +162,7 @@ def verify(*words: str | Path) -> tuple[int, dict[str, Any]]:
     return run.returncode, data
 
 
-def _filesystem(kind: str, path: Path) -> Filesystem:
+def filesystem_at(kind: str, path: Path) -> Filesystem:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[4] == str(path):
@@ -174,17 +174,17 @@ def _filesystem(kind: str, path: Path) -> Filesystem:
 
 @pytest.fixture(params=KINDS)
 def filesystem(request: pytest.FixtureRequest) -> Filesystem:
-    return _filesystem(request.param, request.getfixturevalue(request.param))
+    return filesystem_at(request.param, request.getfixturevalue(request.param))
 
 
 @pytest.fixture(params=["xfs", "btrfs"])
 def reflinking(request: pytest.FixtureRequest) -> Filesystem:
-    return _filesystem(request.param, request.getfixturevalue(request.param))
+    return filesystem_at(request.param, request.getfixturevalue(request.param))
 
 
 @pytest.fixture
 def on_ext4(ext4: Path) -> Filesystem:
-    return _filesystem("ext4", ext4)
+    return filesystem_at("ext4", ext4)
 
 
 # A page that differs.
@@ -493,7 +493,7 @@ def test_a_file_without_a_disk() -> None:
 
 
 def test_a_block_with_a_wrong_checksum_is_not_checked(btrfs: Path) -> None:
-    filesystem = _filesystem("btrfs", btrfs)
+    filesystem = filesystem_at("btrfs", btrfs)
     file = filesystem.path / "checksums"
     write(file, os.urandom(PAGES * PAGE))
     with cached(file):

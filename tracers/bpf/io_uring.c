@@ -244,6 +244,7 @@ int tp_io_uring_complete(u64 *ctx)
 		if (!walk || (shape != SHAPE_SPLICE && shape != SHAPE_TEE) ||
 		    !END_IS_PIPE(call->destination.id))
 			return 0;
+		note_lent(call);
 		if (END_IS_PIPE(call->source.id))
 			prepare_pipes(walk, call, shape == SHAPE_TEE);
 		else if (END_IS_FILESYSTEM(call->source.id))

@@ -481,6 +481,7 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 	walk = new_walk(call->bytes);
 	if (!walk)
 		return;
+	note_lent(call);
 	prepare(walk, task, regs, shape, call, key, tally);
 	if (walk->verdict == NO_WALK)
 		return;

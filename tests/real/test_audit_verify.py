@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""rsplice audit --verify: blocks change below the pages of files that a run lends, and twins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real.test_verify import KINDS, PAGE, PAGES, Filesystem, cached, filesystem_at
+from tests.support.run import Result, audit
+
+pytestmark = pytest.mark.privileged
+
+#: How a program lends pages of the file `source`.
+LEND = {
+    "splice": "os.splice(source, w, PAGE, offset_src=0)",
+    "sendfile": "os.sendfile(sink, source, 0, 2 * PAGE)",
+    "copy_file_range": (
+        "copy = os.open(name + ' copy', os.O_RDWR | os.O_CREAT)\n"
+        "os.copy_file_range(source, copy, PAGE, 0)"
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def filesystem(request: pytest.FixtureRequest) -> Filesystem:
+    return filesystem_at(request.param, request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def on_ext4(ext4: Path) -> Filesystem:
+    return filesystem_at("ext4", ext4)
+
+
+def lend(file: Path, body: str, *options: str) -> Result:
+    program = (
+        "import os\n"
+        f"PAGE = {PAGE}\n"
+        f"name = {str(file)!r}\n"
+        "source = os.open(name, os.O_RDONLY)\n"
+        "sink = os.memfd_create('sink')\n"
+        "r, w = os.pipe()\n" + body + "\nos.write(w, b'.')\nos.read(r, 2 * PAGE)\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program]
+    return audit(command, "--verify", *options, violations={"cache-differs-from-disk"})
+
+
+def differing(result: Result) -> list[dict[str, object]]:
+    return [f for f in result.json["findings"] if f["name"] == "cache-differs-from-disk"]
+
+
+def test_a_block_that_was_changed_below_a_file_that_is_spliced(filesystem: Filesystem) -> None:
+    file = filesystem.file("lent")
+    with cached(file):
+        with filesystem.changed(file, 5 * PAGE + 123):
+            result = lend(file, LEND["splice"], "--fail-on", "violation")
+            assert result.status == 120
+            (found,) = differing(result)
+            assert (found["kind"], found["count"]) == ("violation", 1)
+            first = found["first"]
+            assert isinstance(first, dict)
+            assert (first["file"], first["file_offset"]) == (str(file), 5 * PAGE)
+            assert first["page_frame"] > 0 and 0 < first["time"] <= result.json["duration_s"]
+            assert result.json["accuracy"]["probes_missing"] == []
+        sound = lend(file, LEND["splice"], "--fail-on", "violation")
+        assert sound.status == 0
+        assert differing(sound) == []
+        assert sound.json["accuracy"]["probes_missing"] == []
+
+
+@pytest.mark.parametrize("way", LEND)
+def test_each_way_to_lend_a_page_counts(way: str, on_ext4: Filesystem) -> None:
+    file = on_ext4.file("way")
+    with cached(file), on_ext4.changed(file, (PAGES - 1) * PAGE):
+        result = lend(file, LEND[way])
+        assert result.status == 0
+        assert len(differing(result)) == 1
+
+
+def test_only_files_that_were_lent_are_compared(on_ext4: Filesystem) -> None:
+    file = on_ext4.file("read")
+    with cached(file), on_ext4.changed(file, 0):
+        result = lend(file, "os.read(source, PAGE)\nos.splice(sink, w, PAGE, offset_src=0)")
+        assert differing(result) == []
+        assert result.json["accuracy"]["probes_missing"] == []
+
+
+def test_a_file_is_found_by_its_inode(on_ext4: Filesystem) -> None:
+    """It has another name by then; another file has its name, and differs not."""
+    file = on_ext4.file("first name")
+    rename = "\nos.rename(name, name + ' no more')\nopen(name, 'w').close()"
+    with cached(file), on_ext4.changed(file, 0):
+        (found,) = differing(lend(file, LEND["splice"] + rename))
+    first = found["first"]
+    assert isinstance(first, dict) and first["file"] == f"{file} no more"
+    (on_ext4.path / "first name no more").unlink()
+
+
+def test_a_file_that_is_gone_is_told(on_ext4: Filesystem) -> None:
+    file = on_ext4.file("gone")
+    result = lend(file, LEND["splice"] + "\nos.unlink(name)")
+    assert differing(result) == []
+    (missing,) = result.json["accuracy"]["probes_missing"]
+    assert missing["probe"].startswith("verify inode ")
+    assert missing["cost"] == "whether its cached pages differ from the disk is not known"
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--identity=sample", "--verify looks at every call: leave out --identity sample"),
+        ("--kernel=6.12", "--verify reads this machine's disks: leave out --kernel"),
+    ],
+)
+def test_what_it_does_not_go_with(option: str, line: str) -> None:
+    refused = audit(["true"], "--verify", option)
+    assert refused.status == 125
+    assert refused.message == f"rsplice: {line}"
