@@ -41,7 +41,7 @@ WAYS = {
     "direct": ("--mode", "direct"),
     "splice": ("--mode", "splice"),
     "rsplice": ("--mode", "rsplice"),
-    "rsplice-ahead": ("--mode", "rsplice", "--readahead", "1020K"),
+    "rsplice-ahead": ("--mode", "rsplice", "--readahead", "1016K"),
     "passthrough": ("--mode", "passthrough"),
 }
 #: Whether the source's pages are in the page cache when the reading starts.

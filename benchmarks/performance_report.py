@@ -211,13 +211,13 @@ _REASONS = """\
 - **Virtual machines.** Where free memory goes back to the host (free page reporting, balloons), the
   processor's first touch of a page waits for the host to find one. Copying touches two pages for
   each that it reads: on such memory its time was 1.1 to 1.3 s/GiB here, and rsplice's 0.40 to 0.45.
-- **Wall time, cold.** Fresh pages lie scattered, and a READ is one request of up to 255 of them
+- **Wall time, cold.** Fresh pages lie scattered, and a READ is one request of up to 254 of them
   that the server waits for; readahead of the page cache keeps more of the disk's queue filled, and
   one large buffer needs fewer segments. Besides, a moved page has lost the mark that starts the
   next readahead. Where every page is moved, a reader comes to the end of what was read ahead with
   nothing under way, and one that reads 64 KiB at a time is served by eight times as many READs, of
-  128 KiB. With `RSPLICE_F_READAHEAD` the pages of a READ that may carry the mark are copied, 10 of
-  255, and all others moved.
+  128 KiB. With `RSPLICE_F_READAHEAD` the pages of a READ that may carry the mark are copied, 11 of
+  254, and all others moved.
 - **rsplice, warm: it loses.** O_DIRECT goes to the disk although the source is in the page cache.
   Who reads the same files again and again is served better by `splice`, by copying, or by FUSE
   passthrough, which shares one page cache.
@@ -236,7 +236,8 @@ _REASONS = """\
 _TRIED = """\
 ## What was tried besides
 
-Each beside the version without it, in turn, on a machine with other work.
+Each beside the version without it, in turn, on a machine with other work but with real-time
+priority (`chrt -f`), so that the other work took little.
 
 - recvpage: not to offer the kernel a move that it always refuses (a socket's buffers are not given
   away) takes two atomic operations on each page away, 5 to 10 % of the receiver's time. It is done.
@@ -246,12 +247,16 @@ Each beside the version without it, in turn, on a machine with other work.
   needs more slots than a pipe has and goes through memory: two and three times the time.
 - recvpage: fewer wake-ups (`SO_RCVLOWAT`): there is little to save, a READ takes 1.2 calls of
   splice(2) from the socket and one wait.
-- FUSE: READs of 254 pages, which this disk takes as one request, or of 127: no difference.
-- FUSE: more threads, or one pipe less on the way of a page: no difference.
-- FUSE: reading two, four or eight READs ahead without `RSPLICE_F_READAHEAD`: up to half as fast
-  again with four. With the flag one READ ahead did as well as more. Who reads a file while it is
-  cut and grows again is the likelier to see zeros in it the more is under way: the kernel fills
-  what lies behind a short READ. So it is no default: `rsplice workload fuse --readahead`.
+- FUSE: READs of 254 pages in place of 255, since this disk takes so many segments in one request
+  (`/sys/block/*/queue/max_segments`): 6 % quicker, 8 % less of the server's time. It is done. READs
+  of 127 pages: no gain, and a tenth more time.
+- FUSE: one pipe less on the way of a page: no difference.
+- FUSE: to keep the mark of readahead (`RSPLICE_F_READAHEAD`): half as fast again, or more. Reading
+  further ahead besides: two READs and four threads 4 to 9 % more, four and eight READs no more than
+  one. Without the mark, two to eight READs ahead are a fifth to a third quicker than one. Who reads a file
+  while it is cut and grows again is the likelier to see zeros in it the more is under way, since
+  the kernel fills what lies behind a short READ. So it is no default:
+  `rsplice workload fuse --readahead`.
 """
 
 _METHOD = """\
@@ -260,9 +265,9 @@ _METHOD = """\
 - All rows run in turn, {rounds} rounds, every other round backwards. Tables show the median, and in
   parentheses the least and the greatest; a target compares medians.
 - The filesystem is `rsplice workload fuse --source DIR --mount DIR --threads 2` with READs of up to
-  1020 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
+  1016 KiB; one process reads its file once from start to end, 1 MiB at a time. "direct" is the mode
   that reads the source with O_DIRECT into memory and writes that to the kernel. All read one READ
-  ahead; with `--readahead 1020K` rsplice copies what keeps that going.
+  ahead; with `--readahead 1016K` rsplice copies what keeps that going.
 - Targets take the row with `RSPLICE_F_READAHEAD`.
 - Cold: neither the source's pages nor the FUSE file's are in the page cache. Warm: the source's
   are.

@@ -163,7 +163,7 @@ def check_tree(mount: Path, files: list[File]) -> None:
 
 @needs_fuse
 @needs_root
-@pytest.mark.parametrize(("readahead", "kib"), [(0, 1020), (3 << 20, 3072)])
+@pytest.mark.parametrize(("readahead", "kib"), [(0, 1016), (3 << 20, 3072)])
 def test_the_kernel_reads_as_far_ahead_as_asked(tmp_path: Path, readahead: int, kib: int) -> None:
     files = make_tree(tmp_path / "source", (7 << 20) + 5)
     with (

@@ -45,8 +45,9 @@ from rsplice.workloads.mounts import (
     wait_unmounted,
 )
 
-#: Bytes of the largest READ: with the reply's header it fills a pipe of 256 slots.
-MAX_READ = 255 * 4096
+#: Bytes of the largest READ: as many pages as a virtio disk with a queue of 256 takes at once (its
+#: seg_max), and few enough for a pipe of 256 slots with the header of the reply.
+MAX_READ = 254 * 4096
 #: Bytes that a reader reads at a time.
 BUFFER_SIZE = 1 << 20
 READY_S = 20.0

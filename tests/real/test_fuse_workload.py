@@ -133,7 +133,7 @@ def test_rsplice_moves_each_whole_page_and_copies_the_tails_alone(runs: Runs) ->
 
 
 def test_what_reading_ahead_has_copied_is_told_by_both(runs: Runs) -> None:
-    run = runs("rsplice --readahead 1020K")
+    run = runs("rsplice --readahead 1016K")
     reply = run.path(SERVER, PIPE, DEVICE, REPLY)
     reported = run.own["reported"]
     assert (reported["fuse_moved"], reported["fuse_copied"]) == (reply["moved"], reply["copied"])
