@@ -253,9 +253,9 @@ priority (`chrt -f`), so that the other work took little.
 - FUSE: one pipe less on the way of a page: no difference.
 - FUSE: to keep the mark of readahead (`RSPLICE_F_READAHEAD`): half as fast again, or more. Reading
   further ahead besides: two READs and four threads 4 to 9 % more, four and eight READs no more than
-  one. Without the mark, two to eight READs ahead are a fifth to a third quicker than one. Who reads a file
-  while it is cut and grows again is the likelier to see zeros in it the more is under way, since
-  the kernel fills what lies behind a short READ. So it is no default:
+  one. Without the mark, two to eight READs ahead are a fifth to a third quicker than one. Who
+  reads a file while it is cut and grows again is the likelier to see zeros in it the more is under
+  way, since the kernel fills what lies behind a short READ. So it is no default:
   `rsplice workload fuse --readahead`.
 """
 
