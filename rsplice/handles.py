@@ -24,9 +24,13 @@ def open_inode(device: int, inode: int, generation: int) -> int:
     :param device: the kernel's dev_t, as struct super_block has it
     :raises OSError: with the reason; ESTALE if there is no such file any more
     """
+    error = OSError(None, "its filesystem is mounted nowhere here")
     for point in _mount_points(f"{device >> 20}:{device & 0xFFFFF}"):
-        return _open_at(point, inode, generation)
-    raise OSError(None, "its filesystem is mounted nowhere here")
+        try:
+            return _open_at(point, inode, generation)
+        except OSError as failure:  # something else may be mounted over it
+            error = failure
+    raise error
 
 
 def _open_at(point: str, inode: int, generation: int) -> int:

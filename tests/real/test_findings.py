@@ -7,13 +7,15 @@ page was refused for being at risk too, two.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.run import Driver, audit
+from rsplice.recording import Recording
+from tests.support.run import RSPLICE, Driver, audit
 from tests.support.watch import COUNT, Seen, Watch
 
 pytestmark = pytest.mark.privileged
@@ -460,6 +462,25 @@ def test_pages_that_a_ring_queues_and_takes_are_compared(
 def test_without_integrity_no_content_is_looked_at(watch: Watch, tmp_path: Path) -> None:
     body = SPLICED + " os.pwrite(source, b'x', i * PAGE)\n os.splice(r, output, PAGE)\n"
     assert watch.script(tmp_path, body).counts == {}
+
+
+def test_an_audit_and_a_recording_tell_what_did_change(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"f" * 4096)
+    program = (
+        f"import os\nf = os.open({str(file)!r}, os.O_RDWR)\nr, w = os.pipe()\n"
+        "os.splice(f, w, 4096, offset_src=0)\nos.pwrite(f, os.urandom(8), 9)\nos.read(r, 4096)\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program]
+    result = audit(command, "--integrity", "--fail-on", "violation")
+    assert result.status == 0  # a hazard
+    (found,) = result.json["findings"]
+    assert (found["name"], found["first"]["reason"]) == DID
+    recording = tmp_path / "run.jsonl"
+    options = ["record", "--integrity", "-o", str(recording), "--"]
+    subprocess.run([*RSPLICE, *options, *command], check=True, capture_output=True)
+    (again,) = Recording(str(recording)).final.findings
+    assert (again.name, again.first["reason"]) == DID
 
 
 def test_integrity_takes_every_page(tmp_path: Path) -> None:
