@@ -14,12 +14,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # struct file_handle (fcntl.h): bytes that follow, type, bytes.
 _HANDLE = struct.Struct("=Ii")
 _BYTES = 128  # MAX_HANDLE_SZ
-# Types of handles (include/linux/exportfs.h, fs/xfs/xfs_export.h): where inode and generation are.
+# Types of handles (include/linux/exportfs.h; fs/xfs/xfs_export.h, fs/btrfs/export.h): how the inode
+# is written and where, and where the generation is. Others give some of them another meaning.
 _LAYOUTS = {0x01: ("=I", 0, 4), 0x81: ("=Q", 0, 8), 0x4D: ("=Q", 0, 16)}
 
 
 def open_inode(device: int, inode: int, generation: int) -> int:
-    """A read-only descriptor of a file on a mounted filesystem.
+    """A read-only descriptor of a file on a mounted ext2, ext3, ext4, xfs or btrfs.
 
     :param device: the kernel's dev_t, as struct super_block has it
     :raises OSError: with the reason; ESTALE if there is no such file any more

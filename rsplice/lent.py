@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rsplice.audit import Audit, Finding, MissingProbe
@@ -11,6 +12,9 @@ from rsplice.events import LentFile
 from rsplice.handles import open_inode
 from rsplice.pagecache import MEMORY, CachedFile, Kernel, Unchecked
 from rsplice.verify import FileResult, Verifier, finding
+
+#: Filesystems whose handles of files are known (rsplice.handles).
+_OPENED = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs"))
 
 COST = "whether its cached pages differ from the disk is not known"
 
@@ -32,15 +36,22 @@ def verify(audit: Audit, files: Sequence[LentFile]) -> None:
             if file.filesystem in MEMORY or file.filesystem == "memfd":
                 continue  # there is no disk below it
             results.append(_verify(verifier, file))
+    unchecked: defaultdict[str, list[str]] = defaultdict(list)
     for result in results:
         for reason in result.reasons:
-            missing.append(MissingProbe(f"verify {result.name}", reason, COST))
+            unchecked[reason].append(result.name)
+    for reason, names in unchecked.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        missing.append(MissingProbe(f"verify {names[0]}{others}", reason, COST))
     if found := finding(results):
         audit.findings.insert(0, _of_run(found, audit.duration_s))
 
 
 def _verify(verifier: Verifier, file: LentFile) -> FileResult:
-    result = FileResult(f"inode {file.inode}", file.filesystem)
+    result = FileResult(f"inode {file.inode} of {file.filesystem}", file.filesystem)
+    if file.filesystem not in _OPENED:
+        result.problem = f"files of {file.filesystem} cannot be opened by their inode"
+        return result
     try:
         fd = open_inode(file.device, file.inode, file.generation)
     except OSError as error:

@@ -107,6 +107,20 @@ def test_a_file_that_is_gone_is_told(on_ext4: Filesystem) -> None:
     assert missing["cost"] == "whether its cached pages differ from the disk is not known"
 
 
+def test_files_that_cannot_be_opened_are_told_together(on_ext4: Filesystem) -> None:
+    """Here three that are gone."""
+    file = on_ext4.file("many")
+    body = (
+        "for i in range(3):\n"
+        " other = os.open(f'{name} {i}', os.O_RDWR | os.O_CREAT)\n os.write(other, b'o' * PAGE)\n"
+        " os.splice(other, w, PAGE, offset_src=0)\n os.read(r, PAGE)\n"
+        " os.unlink(f'{name} {i}')\n"
+    )
+    (missing,) = lend(file, body).json["accuracy"]["probes_missing"]
+    assert missing["probe"].startswith("verify inode ")
+    assert missing["probe"].endswith(" of ext4 and 2 more")
+
+
 @pytest.mark.parametrize(
     ("option", "line"),
     [
