@@ -229,10 +229,13 @@ def test_a_failing_process_ends_the_workload(tmp_path: Path) -> None:
 
     crew.start("sleeper", lambda _calls: time.sleep(60))
     crew.start("failer", fail)
+    pids = crew.pids
+    assert len(pids) == 2
     with pytest.raises(RspliceError, match="process failer of the workload failed: .*No such file"):
         crew.wait(lambda: None)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for pid in pids:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def test_a_pipe_that_breaks_is_blamed_on_who_broke_it(tmp_path: Path) -> None:

@@ -279,6 +279,11 @@ class Crew:
         self._running: dict[int, str] = {}
         self._calls = Calls()
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the processes that have not been taken in yet."""
+        return tuple(self._running)
+
     def start(self, name: str, work: Callable[[Calls], None]) -> None:
         """Forks a process called *name* that does *work* and ends."""
         sys.stdout.flush()
