@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from benchmarks import memory_state
 from benchmarks import performance_report as report
 from benchmarks.__main__ import machine
 from benchmarks.stats import summarize
@@ -46,11 +46,12 @@ WAYS = {
 }
 #: Whether the source's pages are in the page cache when the reading starts.
 STATES = ("cold", "warm")
+#: Cold as well, where the host has taken free memory back: these ways.
+TAKEN_BACK = "taken back"
+TAKEN_BACK_WAYS = ("copy", "direct", "splice", "rsplice-ahead")
 REMOTE_MODES = ("copy", "rsplice")
 FILLS = ("read-write", "read-mapping", "rsplice", "rsplice-thp", "rsplice-hugetlb")
 PIECES = ("pieces-single", "pieces-batch")
-#: Memory whose first touch is timed before each reading, bytes.
-TOUCHED = 16 << 20
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 FILL_SIZE = 256 << 20
 
@@ -135,30 +136,29 @@ def _server(process: subprocess.Popen[str], mount: Path) -> int:
     raise Unavailable("the process that serves was not found")
 
 
-def touch_memory(readings: Readings) -> None:
-    """What the first touch of a page costs now: microseconds of this thread's time.
-
-    Much where the host has taken free memory back, and has to find it again.
-    """
-    with mmap.mmap(-1, TOUCHED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        started = time.thread_time()
-        for at in range(0, TOUCHED, mmap.PAGESIZE):
-            memory[at] = 1
-        seconds = time.thread_time() - started
-    add(readings, "first touch", us_per_page=seconds * 1e6 * mmap.PAGESIZE / TOUCHED)
-
-
 def read_served(source: Path, mount: Path, way: str, readings: Readings) -> None:
-    """One round of one way, cold and warm."""
+    """One round of one way, cold and warm, with memory that is in use."""
+    _read(source, mount, way, STATES, readings)
+
+
+def read_taken_back(source: Path, mount: Path, way: str, readings: Readings) -> None:
+    """The same, cold, with memory that the host has taken back."""
+    _read(source, mount, way, (TAKEN_BACK,), readings)
+
+
+def _read(source: Path, mount: Path, way: str, states: Sequence[str], readings: Readings) -> None:
     buffer = memoryview(bytearray(BUFFER_SIZE))
     with served(source, mount, way) as server:
         (name,) = (path.name for path in source.iterdir())
-        for state in STATES:
-            if state == "cold":
-                forget(source / name)
+        for state in states:
+            forget(source / name)
+            forget(mount / name)
+            if state == TAKEN_BACK:
+                memory_state.wait_until_taken_back()
+            elif state == "cold":
+                memory_state.take_into_use()
             else:
                 read_all(source / name, buffer)
-            forget(mount / name)
             before, started = processor_seconds(server), time.perf_counter()
             size = read_all(mount / name, buffer)
             seconds = time.perf_counter() - started
@@ -186,6 +186,7 @@ def read_by_dd(path: Path, readings: Readings) -> None:
 def fetch(size: int, mode: str, readings: Readings) -> None:
     """Files of a server behind a socket, read through the caching filesystem."""
     count = 4
+    memory_state.take_into_use()
     done = _run(
         *(*RSPLICE, "workload", "recvpage", "--mode", mode, "--json"),
         *("--size", str(size), "--count", str(count)),
@@ -303,12 +304,15 @@ def measure(size: int, rounds: int, say: Say) -> dict[str, Any]:
         fill = build_fill(directory / "build")
         where = machine()
         done = _Measured(say)
+        # First: what is measured later takes memory into use.
+        for number in range(min(rounds, report.TAKEN_BACK_ROUNDS)):
+            for way in TAKEN_BACK_WAYS[:: 1 if number % 2 == 0 else -1]:
+                done.take("fuse", TAKEN_BACK, read_taken_back, source, mount, way)
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
             turn = 1 if number % 2 == 0 else -1
             done.take("fuse", "dd", read_by_dd, file)
             for way in list(WAYS)[::turn]:
-                done.take("memory", "first touch", touch_memory)
                 done.take("fuse", way, read_served, source, mount, way)
             for mode in REMOTE_MODES[::turn]:
                 done.take("remote", f"recvpage {mode}", fetch, size // 8, mode)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import performance, performance_report
+from benchmarks import memory_state, performance, performance_report
 from benchmarks.performance import Readings, add, children, processor_seconds
 from benchmarks.tracers import Unavailable
 from tests.support.run import process
@@ -37,7 +37,6 @@ def result(rsplice_cpu: float = 0.1, rsplice_speed: float = 900.0) -> dict[str, 
     add(readings["remote"], "copy", cpu_s_per_gib=1.0)
     add(readings["remote"], "rsplice", cpu_s_per_gib=0.5)
     add(readings["memory"], "memcpy", mib_per_s=5000.0)
-    add(readings["memory"], "first touch", us_per_page=0.37)
     add(readings["calls"], "calls", us_per_call=2.0)
     add(readings["calls"], "python", us_per_call=2.75)
     return {
@@ -78,7 +77,7 @@ def test_the_terminal_shows_medians_within_80_columns() -> None:
     performance_report.show(Console(file=out, width=80), result())
     shown = out.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
-    assert "900" in shown and "0.37" in shown and "needs root" in shown
+    assert "900" in shown and "needs root" in shown
 
 
 def test_processor_seconds_are_those_of_a_process_and_its_threads() -> None:
@@ -90,11 +89,45 @@ def test_processor_seconds_are_those_of_a_process_and_its_threads() -> None:
         assert idle.pid in children(os.getpid())
 
 
-def test_the_first_touch_of_a_page_takes_some_time() -> None:
-    readings: Readings = {}
-    performance.touch_memory(readings)
-    (us,) = readings["first touch"]["us_per_page"]
-    assert us > 0
+def test_memory_that_the_host_has_taken_back_has_its_own_rows_and_targets() -> None:
+    both = result()
+    for way, cpu in (("copy", 2.5), ("splice", 2.0), ("rsplice-ahead", 0.25)):
+        readings: Readings = {}
+        add(readings, f"{way} taken back", mib_per_s=1000.0 - 100.0 * cpu, cpu_s_per_gib=cpu)
+        both["fuse"] |= performance._summaries(readings)
+    found = {t.what: t.reading for t in performance_report.targets(both)}
+    assert found["server CPU, of copying's, memory taken back"] == pytest.approx(0.1)
+    assert found["server CPU, of O_DIRECT copying's, memory taken back"] is None
+    assert found["throughput, of page-cache splice's, memory taken back"] == pytest.approx(
+        975 / 800
+    )
+    assert found["server CPU, of copying's"] == pytest.approx(0.1)
+    text = performance_report.markdown(both)
+    assert "## The same, cold, where the host has taken free memory back" in text
+    assert "| copy: pread, writev | 750 (750 to 750) | 2.500 (2.500 to 2.500) |" in text
+
+
+def test_memory_is_at_rest_once_little_more_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "reported_kib"
+    monkeypatch.setattr(memory_state, "REPORTED", counter)
+    monkeypatch.setattr(memory_state, "POLL_S", 0.0)
+    with pytest.raises(Unavailable, match="does not tell"):
+        memory_state.wait_until_taken_back()
+    numbers = iter([0, 1 << 20, 2 << 20, (2 << 20) + 5, 9])
+    monkeypatch.setattr(memory_state, "_reported", lambda: next(numbers))
+    memory_state.wait_until_taken_back()
+    assert next(numbers) == 9, "it looked again, or did not look as often"
+    monkeypatch.setattr(memory_state, "_reported", lambda: 0)
+    with pytest.raises(Unavailable, match="other work"):
+        memory_state.wait_until_taken_back(patience=-1.0)
+
+
+def test_memory_is_touched_and_given_back() -> None:
+    before = len(children(os.getpid()))
+    memory_state.take_into_use(1 << 24)
+    assert len(children(os.getpid())) == before
 
 
 @pytest.fixture(scope="module")
