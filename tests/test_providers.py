@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from rsplice.tracers import copies, providers
 from rsplice.tracers.program import source_text
-from rsplice.tracers.providers import COPIES, REQUESTS, Candidate, How, Kernel, Observation
+from rsplice.tracers.providers import ALL, Candidate, How, Kernel, Observation
 
 #: Series -> functions of vmlinux, with how many arguments they have.
 FUNCTIONS: dict[str, dict[str, int]] = json.loads(
@@ -21,22 +22,32 @@ FUNCTIONS: dict[str, dict[str, int]] = json.loads(
 SERIES = pytest.mark.parametrize("series", FUNCTIONS)
 
 
-def kernel(series: str, **offers: bool) -> Kernel:
-    return Kernel(FUNCTIONS[series].get, **offers)
+#: What makes kprobes unnecessary, on the kernels that have it.
+TOLD = frozenset({"fuse_request_end", "mm_filemap_map_pages"})
+
+
+def kernel(
+    series: str,
+    fexit: bool = False,
+    kprobes: bool = False,
+    module: bool = False,
+    tracepoints: frozenset[str] = frozenset(),
+) -> Kernel:
+    return Kernel(FUNCTIONS[series].get, fexit, kprobes, module, tracepoints)
 
 
 def named(name: str) -> Observation:
-    (found,) = (each for each in (*COPIES, REQUESTS) if each.name == name)
+    (found,) = (each for each in ALL if each.name == name)
     return found
 
 
-def chosen(name: str, series: str, **offers: bool) -> list[Candidate]:
+def chosen(name: str, series: str, **offers: Any) -> list[Candidate]:
     return providers.candidates(named(name), kernel(series, **offers))[0]
 
 
 @SERIES
 def test_fexit_is_preferred_to_a_kretprobe(series: str) -> None:
-    for observation in (*COPIES, REQUESTS):
+    for observation in ALL:
         found, _ = providers.candidates(observation, kernel(series, fexit=True, kprobes=True))
         hows = [candidate.how for candidate in found]
         assert hows == sorted(hows, key=list(How).index)
@@ -45,7 +56,7 @@ def test_fexit_is_preferred_to_a_kretprobe(series: str) -> None:
 @SERIES
 def test_a_kernel_without_either_has_no_candidates(series: str) -> None:
     assert not kernel(series).measures
-    for observation in (*COPIES, REQUESTS):
+    for observation in ALL:
         assert providers.candidates(observation, kernel(series))[0] == []
 
 
@@ -108,6 +119,19 @@ def test_the_module_comes_first_but_for_what_it_cannot_probe() -> None:
     assert chosen("copies of FUSE messages", "6.12", **offers)[0].how is How.FEXIT
 
 
+@SERIES
+def test_moves_are_told_by_tracepoints_or_else_by_what_the_kernel_calls(series: str) -> None:
+    moves = "moves into a page cache"
+    (told,) = chosen(moves, series, fexit=True, tracepoints=TOLD)
+    assert (told.how, told.function) == (How.TRACEPOINT, "fuse_request_end")
+    (probed,) = chosen(moves, series, fexit=True)
+    name = "replace_page_cache_" + ("page" if series in ("5.10", "6.1") else "folio")
+    assert (probed.how, probed.function) == (How.FEXIT, name)
+    for kind in ("anonymous", "page-cache", "user", "filled"):
+        (steal,) = chosen(f"refused moves of {kind} buffers", series, fexit=True)
+        assert steal.program == "steal_buffer"
+
+
 def test_a_function_with_other_arguments_is_passed_over_with_the_reason() -> None:
     changed = Kernel({"filemap_read": 9, "generic_perform_write": 9}.get, fexit=True)
     for name in ("copies out of a page cache", "copies into a page cache"):
@@ -128,15 +152,15 @@ def test_a_missing_function_is_a_reason_and_no_error() -> None:
 @SERIES
 def test_every_candidate_is_a_program_of_the_text(series: str) -> None:
     text = source_text("")
-    for observation in (*COPIES, REQUESTS):
+    for observation in ALL:
         offers = kernel(series, fexit=True, kprobes=True, module=True)
         for candidate in providers.candidates(observation, offers)[0]:
             name = candidate.program.removeprefix("copied_")
-            assert f"copied_{name}(u64 *ctx)" in text or f", {name}, " in text
+            assert f"int {candidate.program}(u64 *ctx)" in text or f", {name}, " in text
 
 
 def test_no_function_is_observed_twice() -> None:
-    names = [name for each in (*COPIES, REQUESTS) for name in each.functions]
+    names = [name for each in ALL for name in each.functions]
     assert len(names) == len(set(names))
 
 

@@ -476,6 +476,8 @@ class Program:
         if where is None:
             raise BpfError(errno.ENOENT)
         code = self._code(function)
+        if self._direct:
+            self._use_cast(code)
         program = self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_FEXIT, where)
         try:
             link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", 0, program, 0))

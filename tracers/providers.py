@@ -27,6 +27,7 @@ _MODULE = Path("/sys/module/rsplice_copies")
 class How(Enum):
     """Ways to be told of something, as doctor names them."""
 
+    TRACEPOINT = "tracepoint"  #: one that tells the same, and more: nothing else is attached
     MODULE = "module"  #: a kprobe that the module rsplice_copies registers
     FEXIT = "fexit"  #: a BPF trampoline at the function's return: arguments and result
     KRETPROBE = "kretprobe"  #: a breakpoint at its return: the result alone
@@ -37,12 +38,14 @@ class Kernel:
     """What decides which candidates a kernel offers.
 
     :param arguments: how many arguments a function of vmlinux has, None where BTF has none
+    :param tracepoints: those whose programs have all that they need here
     """
 
     arguments: Callable[[str], int | None]
     fexit: bool = False
     kprobes: bool = False
     module: bool = False
+    tracepoints: frozenset[str] = frozenset()
 
     @property
     def measures(self) -> bool:
@@ -70,6 +73,8 @@ class Observation:
     :param arguments: how many the program knows of; 0 for "in" and "out", which take any
     :param by_iterator: the copying is done by lib/iov_iter.c, where the module counts it too
     :param outside: of vmlinux: its functions may be a module's, of which vmlinux's BTF is silent
+    :param tracepoint: one that makes this unnecessary
+    :param cost: what the reader loses without it, in words; "" for copies
     """
 
     name: str
@@ -78,11 +83,13 @@ class Observation:
     arguments: int = 0
     by_iterator: bool = True
     outside: bool = False
+    tracepoint: str = ""
+    cost: str = ""
 
     @property
-    def cost(self) -> str:
+    def loss(self) -> str:
         """What the reader loses without it."""
-        return f"{self.name} are inferred, not measured"
+        return self.cost or f"{self.name} are inferred, not measured"
 
 
 def _of(name: str, functions: str, program: str, arguments: int = 0) -> Observation:
@@ -135,7 +142,68 @@ COPIES: tuple[Observation, ...] = (
 )
 
 #: Not a copy: whose the copies of an io_uring's thread are (io_uring/io_uring.c).
-REQUESTS = Observation("requests of an io_uring", ("io_issue_sqe",), "request", by_iterator=False)
+REQUESTS = Observation(
+    "requests of an io_uring",
+    ("io_issue_sqe",),
+    "request",
+    by_iterator=False,
+    cost="copies of io_uring requests that run side by side are mixed up",
+)
+
+
+def _other(
+    name: str, functions: str, program: str, arguments: int, tracepoint: str, cost: str
+) -> Observation:
+    return Observation(
+        name, tuple(functions.split()), program, arguments, False, False, tracepoint, cost
+    )
+
+
+_NO_REASON = "moves of such pages that were refused are not explained"
+#: What becomes of pages, where no tracepoint tells.
+PAGES: tuple[Observation, ...] = (
+    # fs/pipe.c, fs/splice.c
+    *(
+        _other(
+            f"refused moves of {kind} buffers",
+            f"{name}_pipe_buf_try_steal",
+            "steal_buffer",
+            2,
+            "fuse_request_end",
+            _NO_REASON,
+        )
+        for kind, name in (
+            ("anonymous", "anon"),
+            ("page-cache", "page_cache"),
+            ("user", "user_page"),
+            ("filled", "generic"),
+        )
+    ),
+    # mm/filemap.c
+    _other(
+        "moves into a page cache",
+        "replace_page_cache_folio replace_page_cache_page",
+        "move_page",
+        0,
+        "fuse_request_end",
+        "whether a FUSE reply moves pages is not seen",
+    ),
+    _other(
+        "pages mapped by fault-around",
+        "filemap_map_pages",
+        "map_pages",
+        3,
+        "mm_filemap_map_pages",
+        "pages mapped by fault-around are not counted",
+    ),
+)
+#: What is still lost without a tracepoint where all that stands in for it is attached; "": nothing.
+INSTEAD = {
+    "fuse_request_send": "",
+    "fuse_request_end": "of FUSE replies only pages that the kernel asked for tell why they stayed",
+    "mm_filemap_map_pages": "",
+}
+ALL: tuple[Observation, ...] = (*COPIES, REQUESTS, *PAGES)
 
 #: Programs that return the bytes of a function, by the number of its arguments.
 RETURNS = {"in": (1, 2, 3, 4, 7), "out": (2, 3, 4, 5)}
@@ -166,8 +234,11 @@ class Taken:
         return "; ".join(self.lost) or "not tried"
 
 
-def running(btf: Btf) -> Kernel:
-    """What the kernel that runs here offers."""
+def running(btf: Btf, tracepoints: Iterable[str] = ()) -> Kernel:
+    """What the kernel that runs here offers.
+
+    :param tracepoints: as for Kernel
+    """
     known = (btf.function_id(name) for each in COPIES for name in each.functions)
     first = next((number for number in known if number is not None), None)
     return Kernel(
@@ -175,6 +246,7 @@ def running(btf: Btf) -> Kernel:
         fexit=first is not None and can_fexit(first),
         kprobes=KPROBE_TYPE.exists(),
         module=_MODULE.exists(),
+        tracepoints=frozenset(tracepoints),
     )
 
 
@@ -185,6 +257,8 @@ def candidates(observation: Observation, kernel: Kernel) -> tuple[list[Candidate
     """
     found: list[Candidate] = []
     reasons: list[str] = []
+    if observation.tracepoint in kernel.tracepoints:
+        return [Candidate(How.TRACEPOINT, observation.tracepoint, "")], []
     if kernel.module and observation.by_iterator:
         found.append(Candidate(How.MODULE, MODULE_TRACEPOINT, "copied_module"))
     for name in observation.functions:
@@ -209,8 +283,9 @@ def _fexit_program(observation: Observation, arguments: int) -> str | None:
     if observation.program in RETURNS:
         counted = arguments in RETURNS[observation.program]
         return f"copied_{observation.program}_{arguments}" if counted else None
-    known = observation.arguments in (0, arguments)
-    return f"copied_{observation.program}" if known else None
+    if observation.arguments not in (0, arguments):
+        return None
+    return observation.program if observation in PAGES else f"copied_{observation.program}"
 
 
 def _kretprobe_program(observation: Observation) -> str | None:
@@ -220,14 +295,11 @@ def _kretprobe_program(observation: Observation) -> str | None:
 
 def attach(program: Program, kernel: Kernel) -> list[Taken]:
     """Attaches the best of every observation that can be; what fails gives way to the next."""
-    taken: list[Taken] = []
     module = None
     if kernel.module:
         module = _first(program, [Candidate(How.MODULE, MODULE_TRACEPOINT, "copied_module")], [])
-    wanted: Iterable[Observation] = (*COPIES, REQUESTS)
     with ThreadPoolExecutor() as pool:
-        taken = list(pool.map(lambda each: _take(program, each, kernel, module), wanted))
-    return taken
+        return list(pool.map(lambda each: _take(program, each, kernel, module), ALL))
 
 
 def _take(
@@ -253,6 +325,8 @@ def _first(program: Program, found: list[Candidate], lost: list[str]) -> Candida
 
 def _attach(program: Program, candidate: Candidate) -> None:
     """BpfError if the kernel refuses it."""
+    if candidate.how is How.TRACEPOINT:
+        return  # tracer.py attaches it
     if not program.has(candidate.program):
         raise BpfError(errno.ENOENT, "not part of this kernel's programs")
     if candidate.how is How.MODULE:

@@ -9,13 +9,14 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from rsplice.audit import MissingProbe
 from rsplice.errors import RspliceError
 from rsplice.events import LentFile
 from rsplice.tracers import contents, operations, providers, usdt
 from rsplice.tracers import layout as layouts
-from rsplice.tracers.btf import Btf
+from rsplice.tracers.btf import RUNNING, Btf
 from rsplice.tracers.copies import Copies
 from rsplice.tracers.counters import Counters, map_sizes
 from rsplice.tracers.findings import SIZES, Findings, learn
@@ -183,8 +184,11 @@ class Tracer:
 
     def _begin(self, direct: bool | None, follow_all: bool) -> None:
         btf = Btf()
-        layout = layouts.resolve(btf)
-        self._kernel = providers.running(btf)
+        layout = layouts.resolve(with_fuse(btf))
+        self._kernel = providers.running(
+            btf,
+            (p.tracepoint for p in PROBES if layout.has(p.feature) and p.name_on(btf)),
+        )
         if self._owner is not None and not layout.has("owner"):
             raise RspliceError(f"whose a process is cannot be told: {layout.missing['owner']}")
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
@@ -221,6 +225,7 @@ class Tracer:
             "OWNED": int(self._owner is not None),
             "OWNER": self._owner or 0,
             "MEASURED": int(self.measures),
+            "FUSE_EVENTS": int("fuse_request_end" in self._kernel.tracepoints),
         }
         defines += "".join(f"#define {k} {v}\n" for k, v in settings.items())
         if self.journeys:
@@ -308,10 +313,24 @@ class Tracer:
         self.observed = providers.attach(program, self._kernel)
         for taken in self.observed:
             if taken.candidate is None:
-                name, cost = taken.observation.functions[0], taken.observation.cost
+                name, cost = taken.observation.functions[0], taken.observation.loss
                 self.missing.append(MissingProbe(name, taken.reason, cost))
+            elif taken.candidate.how is providers.How.TRACEPOINT:
+                pass  # it is among the others
             elif taken.candidate.function not in self.attached:
                 self.attached.append(taken.candidate.function)
+        self._forget_replaced()
+
+    def _forget_replaced(self) -> None:
+        """Corrects what it costs that a tracepoint is missing where others tell the same."""
+        failed = {each.observation.tracepoint for each in self.observed if not each.candidate}
+        for gone in list(self.missing):
+            left = providers.INSTEAD.get(gone.probe)
+            if left is None or failed & {gone.probe, "fuse_request_end"}:
+                continue
+            gone.cost = left
+            if not left:
+                self.missing.remove(gone)
 
     def _put_tail(self, program: Program, tail: Tail, load: Future[int]) -> None:
         try:
@@ -341,6 +360,8 @@ class Tracer:
     def uncounted(self) -> list[str]:
         """The PageCounts that nobody counts in this run: they are unknown, not zero."""
         names = [p.counts for p in PROBES if p.counts and p.tracepoint not in self.attached]
+        if "filemap_map_pages" in self.attached:
+            names.remove("mapped_pages")
         return names if self.identity == "all" else [*names, "queued_mapped_pages"]
 
     def follow(self, pid: int) -> None:
@@ -374,6 +395,14 @@ class Tracer:
         if self.journeys:
             self.journeys.close()
         self._program.close()
+
+
+def with_fuse(btf: Btf) -> Btf:
+    """The types of vmlinux, with those of fuse where that is a module and loaded."""
+    module = Path(RUNNING).with_name("fuse")
+    if btf.struct_id("fuse_req") is not None or not module.exists():
+        return btf
+    return Btf(str(module), btf)
 
 
 def _explain(error: BpfError) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from rsplice.errors import RspliceError
 from rsplice.tracers import capability, layout, usdt
 from rsplice.tracers.btf import RUNNING, Btf
-from rsplice.tracers.tracer import PROBES, TAILS, Tracer
+from rsplice.tracers.tracer import PROBES, TAILS, Tracer, with_fuse
 
 _USDT = "librsplice"
 
@@ -111,7 +111,7 @@ def _observed_checks(tracer: Tracer) -> list[Check]:
         return [Check("copies", "missing", reason, "copies are inferred, not measured")]
     checks = []
     for taken in tracer.observed:
-        name, cost = taken.observation.name, taken.observation.cost
+        name, cost = taken.observation.name, taken.observation.loss
         if taken.candidate is None:
             checks.append(Check(name, "missing", taken.reason, cost))
             continue
@@ -138,7 +138,7 @@ def _usdt_checks(tracer: Tracer) -> list[Check]:
 
 def _check_btf() -> Check:
     try:
-        resolved = layout.resolve(Btf())
+        resolved = layout.resolve(with_fuse(Btf()))
     except RspliceError as error:
         return Check("BTF", "missing", str(error), "nothing can be traced")
     if not resolved.missing:

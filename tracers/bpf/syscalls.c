@@ -747,6 +747,9 @@ int tp_sys_exit(u64 *ctx)
 #endif
 	if (call->via == VIA_FUSE_REPLY) {
 		take_fuse_moves(call, tally);
+#if MEASURED && FINDINGS && !FUSE_EVENTS
+		end_theft(process);
+#endif
 #if FINDINGS && HAVE_FUSE
 		exit_programs.call(ctx, PROGRAM_REPLY_END);
 #endif
