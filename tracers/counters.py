@@ -311,7 +311,7 @@ class Counters:
         if self.findings:
             known = {p.key: Process(p.pid, p.comm) for p in reading.processes}
             reading.findings = self.findings.read(known, of)
-        reading.events_lost = self._count(self._lost)
+        reading.events_lost = self._count(self._lost) + copied.missed
         if self._lost_marks is not None:
             reading.events_lost += self._count(self._lost_marks)
         return reading

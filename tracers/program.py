@@ -40,6 +40,8 @@ _PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
 _ATTACH_TRACE_RAW_TP, _ATTACH_TRACE_FEXIT = 23, 25
 _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 41, 48
+_OBJ_GET_INFO = 15
+_INFO_SIZE, _INFO_RECURSION_MISSES = 216, 208  # struct bpf_prog_info
 # BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH
 _PERCPU = (5, 6, 10)
 _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
@@ -109,6 +111,13 @@ def _perf_event(kind: int, config: int, first: int, second: int) -> int:
     if fd < 0:
         raise BpfError(_libc.__errno_location()[0])
     return int(fd)
+
+
+def _recursion_misses(program: int) -> int:
+    """Of the program behind a descriptor."""
+    info = _ffi.new("char[]", _INFO_SIZE)
+    _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", program, _INFO_SIZE, _address(info)))
+    return int(struct.unpack_from("=Q", _ffi.buffer(info), _INFO_RECURSION_MISSES)[0])
 
 
 def can_fexit(function: int) -> bool:
@@ -293,7 +302,8 @@ class Program:
         self._btf = btf
         self._direct = direct
         self._fds: list[int] = []
-        self._slow_fds: list[int] = []  # of uprobes
+        self._slow_fds: list[int] = []  # of uprobes, and of what is at functions of the kernel
+        self._at_functions: list[int] = []  # programs that missed() asks
         self._held: list[tuple[int, str]] = []  # programs that are attached again and again
         self._runs: dict[str, int] = {}  # those that run_once() has loaded
         self._functions = dict[str, bytes]()
@@ -481,9 +491,18 @@ class Program:
         program = self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_FEXIT, where)
         try:
             link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", 0, program, 0))
-            self._slow_fds.append(link)
-        finally:
+        except BpfError:
             os.close(program)
+            raise
+        self._slow_fds.append(link)
+        self._at_functions.append(program)
+
+    def missed(self) -> int:
+        """How often the kernel passed over a program of attach_fexit(), since it ran already.
+
+        That is struct bpf_prog_info.recursion_misses, of Linux 5.12; 0 before that.
+        """
+        return sum(map(_recursion_misses, self._at_functions))
 
     def attach_kretprobe(self, function: str, kernel_function: str) -> None:
         """Attaches *function* to the return of a function of the kernel or of a module of its.
@@ -523,6 +542,9 @@ class Program:
         self.detach()
         _close_all(self._slow_fds)
         self._slow_fds.clear()
+        for fd in self._at_functions:
+            os.close(fd)
+        self._at_functions.clear()
         for fd in [*self._runs.values(), *(program for program, _ in self._held)]:
             os.close(fd)
         self._runs.clear()

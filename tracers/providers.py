@@ -167,7 +167,7 @@ PAGES: tuple[Observation, ...] = (
         _other(
             f"refused moves of {kind} buffers",
             f"{name}_pipe_buf_try_steal",
-            "steal_buffer",
+            "steal_filled" if name == "generic" else "steal_buffer",
             2,
             "fuse_request_end",
             _NO_REASON,

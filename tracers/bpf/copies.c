@@ -170,7 +170,7 @@ int copied_module(u64 *ctx)
 #if !FUSE_EVENTS
 #if FINDINGS
 /* The try_steal(pipe, buf) of every class of buffers returns whether the page may be taken. */
-int steal_buffer(u64 *ctx)
+static __always_inline int see_theft(u64 *ctx, bool of_filled)
 {
 	u64 task = bpf_get_current_task(), slot = tracepoint_arg(ctx, 1);
 	u64 process = process_of(bpf_get_current_pid_tgid() >> 32, task);
@@ -179,6 +179,9 @@ int steal_buffer(u64 *ctx)
 	struct theft *theft;
 
 	if (!process || !classes)
+		return 0;
+	/* user_page_pipe_buf_try_steal() ends in the one of filled buffers: it counts once. */
+	if (of_filled && class_of(classes, read64(slot + BUF_OPS)) == USER_BUFFER)
 		return 0;
 	end_theft(process);
 	theft = new_theft(process);
@@ -194,6 +197,16 @@ int steal_buffer(u64 *ctx)
 		theft->key.reason = UNEXPLAINED;
 	record(&theft->key, &theft->facts, 0);
 	return 0;
+}
+
+int steal_buffer(u64 *ctx)
+{
+	return see_theft(ctx, false);
+}
+
+int steal_filled(u64 *ctx)
+{
+	return see_theft(ctx, true);
 }
 #endif
 

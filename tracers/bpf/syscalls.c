@@ -750,7 +750,7 @@ int tp_sys_exit(u64 *ctx)
 #if MEASURED && FINDINGS && !FUSE_EVENTS
 		end_theft(process);
 #endif
-#if FINDINGS && HAVE_FUSE
+#if FINDINGS && HAVE_FUSE && FUSE_EVENTS
 		exit_programs.call(ctx, PROGRAM_REPLY_END);
 #endif
 		return 0;
