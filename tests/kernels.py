@@ -59,7 +59,10 @@ class NotSeen:
     reason: str
 
 
-NOT_SEEN: tuple[NotSeen, ...] = ()
+NOT_SEEN: tuple[NotSeen, ...] = (
+    NotSeen(r"\[splice-f/dev/zero-", (6, 5), "/dev/zero can be spliced from since 6.5"),
+    NotSeen(r"\[io_uring-read_multishot-", (6, 7), "io_uring has read_multishot since 6.7"),
+)
 
 
 @dataclass

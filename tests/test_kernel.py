@@ -504,8 +504,9 @@ def test_an_unknown_version_is_one_line(kept: Path, capsys: pytest.CaptureFixtur
     ("arguments", "words"),
     [
         (["kernel"], "required: ACTION"),
-        (["kernel", "run", "6.12"], "required: CMD"),
-        (["kernel", "run", "6.12", "--timeout", "never", "--", "true"], "positive number"),
+        (["kernel", "run", "6.12"], "write: rsplice kernel run [OPTIONS] VERSION -- CMD"),
+        (["kernel", "run", "6.12", "--network", "--", "true"], "[OPTIONS] VERSION -- CMD"),
+        (["kernel", "run", "--timeout", "never", "6.12", "--", "true"], "positive number"),
         (["kernel", "fetch", "6.1", "6.12"], "one version at a time"),
         (["kernel", "fetch", "./missing"], "no such file"),
         (["kernel", "fetch", "missing.deb"], "no such file"),

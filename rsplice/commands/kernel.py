@@ -52,7 +52,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     )
     running.add_argument("--cpus", metavar="N", type=int, help="of the guest (default: up to 4)")
     running.add_argument("--console", metavar="FILE", help="keep what the guest's kernel prints")
-    running.add_argument("command", nargs="+", metavar="CMD", help="the command, behind --")
+    running.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command, behind --"
+    )
     running.set_defaults(act=_run)
 
 
@@ -102,6 +104,10 @@ def _file(name: str) -> Path:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command[:1] == ["--"]:
+        del args.command[0]
+    if not args.command or args.command[0].startswith("-"):
+        raise RspliceError("write: rsplice kernel run [OPTIONS] VERSION -- CMD [ARG...]")
     with progress() as say, showing_console():
         kernel = cache.find_or_fetch(args.version, say)
         setup = setup_of(say)

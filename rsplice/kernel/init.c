@@ -41,6 +41,7 @@
 #include <unistd.h>
 
 #define HOST  "/host"	     /* the root directory to be */
+#define LOWER "/lower"	     /* the working directory, before anything is mounted over it */
 #define OWN   "/run/rsplice" /* what is ours, in the new root */
 #define WORDS 16384
 #define PORTS 16
@@ -227,30 +228,32 @@ static void mount_kernel(void)
 	symlink("/proc/self/fd/2", HOST "/dev/stderr");
 }
 
-/* A path as overlayfs takes it: commas and colons divide options and layers. */
-static void escape(char *to, const char *path)
+static void keep_lower(void)
 {
-	for (; *path; path++) {
-		if (strchr(",:\\", *path))
-			*to++ = '\\';
-		*to++ = *path;
-	}
-	*to = 0;
+	char place[4200];
+
+	snprintf(place, sizeof(place), HOST "%s", cwd);
+	mkdir(LOWER, 0755);
+	mount_or_fail(place, LOWER, NULL, MS_BIND, NULL);
 }
 
-/* An empty disk with ext4 for what is written: temporary files, and changes to the working
- * directory. All of it is thrown away. */
-static void mount_scratch(void)
+static void mount_run(void)
 {
-	char lower[8200], options[9000], place[4200];
-	int tries;
-
 	mount_or_fail("tmpfs", HOST "/run", "tmpfs", 0, "mode=755");
 	mkdir(HOST "/run/lock", 01777);
 	mkdir(HOST OWN, 0755);
 	/* What the host put into the initramfs for the command. */
 	if (!access("/rsplice", F_OK))
 		mount_or_fail("/rsplice", HOST OWN, NULL, MS_BIND, NULL);
+}
+
+/* An empty disk with ext4 for what is written: temporary files, and changes to the working
+ * directory. All of it is thrown away. */
+static void mount_scratch(void)
+{
+	char place[4200];
+	int tries;
+
 	mkdir(HOST OWN "/scratch", 0755);
 	for (tries = 0; access(HOST "/dev/vda", F_OK) && tries < 1000; tries++)
 		usleep(10000);
@@ -263,12 +266,9 @@ static void mount_scratch(void)
 		mkdir(HOST OWN "/scratch/changes", 0755);
 		mkdir(HOST OWN "/scratch/work", 0755);
 		mkdir(HOST OWN "/cwd", 0755);
-		escape(lower, cwd);
-		snprintf(options, sizeof(options),
-			 "lowerdir=" HOST "%s,upperdir=" HOST OWN
-			 "/scratch/changes,workdir=" HOST OWN "/scratch/work",
-			 cwd);
-		mount_or_fail("overlay", HOST OWN "/cwd", "overlay", 0, options);
+		mount_or_fail("overlay", HOST OWN "/cwd", "overlay", 0,
+			      "lowerdir=" LOWER ",upperdir=" HOST OWN
+			      "/scratch/changes,workdir=" HOST OWN "/scratch/work");
 	}
 	mount(HOST OWN "/scratch/tmp", HOST "/tmp", NULL, MS_BIND, NULL);
 	mount(HOST OWN "/scratch/var-tmp", HOST "/var/tmp", NULL, MS_BIND, NULL);
@@ -578,9 +578,11 @@ int main(void)
 	tell("up\n");
 	mount_or_fail("root", HOST, "9p", MS_RDONLY,
 		      "trans=virtio,version=9p2000.L,msize=512000,cache=loose,access=any");
+	keep_lower();
 	mount_kernel();
+	mount_run();
+	mount_modules(release); /* they may lie below a place that is hidden next */
 	mount_scratch();
-	mount_modules(release);
 	umount2("/proc", MNT_DETACH);
 	enter_root();
 	name_ports();

@@ -103,10 +103,11 @@ def _init() -> bytes:
         except FileNotFoundError:
             raise RspliceError("no C compiler for the guest's init: install gcc") from None
         if done.returncode:
-            why = done.stderr.strip().splitlines() or ["cc failed"]
+            lines = done.stderr.strip().splitlines() or ["cc failed"]
+            why = [line for line in lines if "error" in line] or lines
             raise RspliceError(
                 "the guest's init cannot be compiled: install gcc and a static libc (libc6-dev; "
-                f"Fedora: glibc-static): {why[-1]}"
+                f"Fedora: glibc-static): {why[0]}"
             )
         os.replace(made, path)
     return path.read_bytes()

@@ -53,7 +53,7 @@ MODES: dict[str, dict[tuple[str, str], int]] = {
 @pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
 def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
     watch = Watch(request.param)
-    assert watch.tracer.missing == []
+    assert watch.lost == []
     yield watch
     watch.tracer.close()
 
@@ -297,7 +297,7 @@ def test_requests_of_a_ring_take_pages_too(
 @pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
 def contents(request: pytest.FixtureRequest) -> Iterator[Watch]:
     watch = Watch(request.param, integrity=True)
-    assert watch.tracer.missing == []
+    assert watch.lost == []
     yield watch
     watch.tracer.close()
 

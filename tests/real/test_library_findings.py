@@ -49,7 +49,7 @@ def program(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]
 @pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
 def watch(request: pytest.FixtureRequest, program: Path) -> Iterator[Watch]:
     watch = Watch(request.param, files=usdt.find([str(program)]))
-    assert watch.tracer.missing == []
+    assert watch.lost == []
     yield watch
     watch.tracer.close()
 
@@ -64,7 +64,7 @@ def test_each_broken_promise_is_told_and_no_kept_one(
 @pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
 def contents(request: pytest.FixtureRequest, program: Path) -> Iterator[Watch]:
     watch = Watch(request.param, files=usdt.find([str(program)]), integrity=True)
-    assert watch.tracer.missing == []
+    assert watch.lost == []
     yield watch
     watch.tracer.close()
 

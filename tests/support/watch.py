@@ -14,7 +14,7 @@ import pytest
 from rsplice.audit import Finding
 from rsplice.events import Tally
 from rsplice.launch import Command
-from rsplice.tracers.tracer import Tracer
+from rsplice.tracers.tracer import PROBES, Tracer
 
 COUNT = 23
 
@@ -42,6 +42,11 @@ class Watch:
     def __init__(self, direct: bool | None = None, **options: Any) -> None:
         self.tracer = Tracer(direct=direct, **options)
         self._known: set[int] = set()  # keys and pids of processes of earlier runs
+
+    @property
+    def lost(self) -> list[str]:
+        """Probes that are not attached, though this kernel has what they attach to."""
+        return [m.probe for m in self.tracer.missing if not _is_unknown_here(m.probe)]
 
     def run(self, *argv: object, status: int = 0) -> Seen:
         with open(os.devnull, "w") as null:
@@ -87,3 +92,12 @@ class Watch:
         )
         # Isolated: site packages would make calls of their own.
         return self.run(sys.executable, "-I", "-S", program)
+
+
+def _is_unknown_here(probe: str) -> bool:
+    """Whether *probe* is a tracepoint that this kernel does not have: its BTF would name it."""
+    if probe not in {each.tracepoint for each in PROBES}:
+        return False
+    files = (Path("/sys/kernel/btf") / name for name in ("vmlinux", "fuse"))
+    name = f"btf_trace_{probe}\0".encode()
+    return not any(name in file.read_bytes() for file in files if file.exists())
