@@ -8,6 +8,7 @@
  *   module=PATH   a module to load, in this order
  *   modules=DIR   the host's directory of this kernel's modules, for modprobe
  *   cwd=DIR       the working directory, made writable: what is written there is thrown away
+ *   show=DIR      a directory that is to be seen though it lies in /tmp or the like
  *   host=NAME     the host's name
  *   network=1     bring up the network card
  *   port=NAME     a further port, to be found as /run/rsplice/ports/NAME
@@ -45,14 +46,15 @@
 #define OWN   "/run/rsplice" /* what is ours, in the new root */
 #define WORDS 16384
 #define PORTS 16
+#define SHOWN 16
 
 /* The order of the virtio ports, which rsplice/kernel/vm.py gives them. */
 enum { CONTROL = 1, INPUT, OUTPUT, ERRORS, FURTHER };
 
 static int control = -1;
 static char *arguments[WORDS], *environment[WORDS];
-static char *ports[PORTS];
-static int n_arguments, n_environment, n_ports;
+static char *ports[PORTS], *shown[SHOWN];
+static int n_arguments, n_environment, n_ports, n_shown;
 static const char *cwd = "/", *modules, *host_name = "rsplice";
 static bool network;
 
@@ -153,6 +155,8 @@ static void read_job(void)
 			host_name = value;
 		else if (!strcmp(text, "network"))
 			network = true;
+		else if (!strcmp(text, "show"))
+			add(shown, &n_shown, SHOWN, value);
 		else if (!strcmp(text, "port"))
 			add(ports, &n_ports, PORTS, value);
 		else if (!strcmp(text, "env"))
@@ -228,13 +232,40 @@ static void mount_kernel(void)
 	symlink("/proc/self/fd/2", HOST "/dev/stderr");
 }
 
-static void keep_lower(void)
+static void keep(const char *directory, const char *place)
 {
-	char place[4200];
+	char from[4200];
 
-	snprintf(place, sizeof(place), HOST "%s", cwd);
-	mkdir(LOWER, 0755);
-	mount_or_fail(place, LOWER, NULL, MS_BIND, NULL);
+	snprintf(from, sizeof(from), HOST "%s", directory);
+	mkdir(place, 0755);
+	mount_or_fail(from, place, NULL, MS_BIND, NULL);
+}
+
+/* Takes hold of what /tmp and the like will hide. */
+static void keep_shown(void)
+{
+	char place[32];
+	int each;
+
+	keep(cwd, LOWER);
+	for (each = 0; each < n_shown; each++) {
+		snprintf(place, sizeof(place), "/show%d", each);
+		keep(shown[each], place);
+	}
+}
+
+/* Puts it back. */
+static void mount_shown(void)
+{
+	char from[32], to[4200];
+	int each;
+
+	for (each = 0; each < n_shown; each++) {
+		snprintf(from, sizeof(from), "/show%d", each);
+		snprintf(to, sizeof(to), HOST "%s", shown[each]);
+		make_directories(to);
+		mount_or_fail(from, to, NULL, MS_MOVE, NULL);
+	}
 }
 
 static void mount_run(void)
@@ -272,6 +303,7 @@ static void mount_scratch(void)
 	}
 	mount(HOST OWN "/scratch/tmp", HOST "/tmp", NULL, MS_BIND, NULL);
 	mount(HOST OWN "/scratch/var-tmp", HOST "/var/tmp", NULL, MS_BIND, NULL);
+	mount_shown();
 	if (strcmp(cwd, "/")) {
 		snprintf(place, sizeof(place), HOST "%s", cwd);
 		make_directories(place);
@@ -578,7 +610,7 @@ int main(void)
 	tell("up\n");
 	mount_or_fail("root", HOST, "9p", MS_RDONLY,
 		      "trans=virtio,version=9p2000.L,msize=512000,cache=loose,access=any");
-	keep_lower();
+	keep_shown();
 	mount_kernel();
 	mount_run();
 	mount_modules(release); /* they may lie below a place that is hidden next */

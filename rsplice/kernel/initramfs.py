@@ -46,6 +46,7 @@ class Job:
     :param cwd: an absolute directory of this machine
     :param environment: the command's
     :param ports: further ports, that the command finds below PORTS
+    :param shown: directories that are seen though what they lie in, /tmp for one, is empty
     :param files: what the command finds below OWN
     """
 
@@ -55,6 +56,7 @@ class Job:
     host: bytes = b"rsplice"
     network: bool = False
     ports: Sequence[str] = ()
+    shown: Sequence[str] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -78,6 +80,7 @@ def _text(kernel: Kernel, job: Job, modules: Iterable[str]) -> bytes:
         b"cwd=" + job.cwd,
         b"host=" + job.host,
         *([b"network=1"] if job.network else []),
+        *(b"show=" + os.fsencode(path) for path in job.shown),
         *(b"port=" + os.fsencode(name) for name in job.ports),
         *(b"env=" + name + b"=" + value for name, value in job.environment.items()),
         *(b"arg=" + word for word in job.argv),

@@ -69,8 +69,11 @@ def test_each_page_that_was_refused_is_told_with_the_reason(
 ) -> None:
     seen = serve(watch, driver, ext4, mode)
     assert seen.counts == MODES[mode]
-    # What the comparison of pages says, which is another program of the tracer's.
-    copied = sum(t.identity.get((0, "copied"), 0) for t in seen.replies)
+    # What the comparison of pages says, or the count of copies: other programs of the tracer's.
+    copied = sum(
+        max(t.identity.get((0, "copied"), 0), t.measured.get((0, "copied"), 0))
+        for t in seen.replies
+    )
     refused = sum(count for (name, _), count in seen.counts.items() if name == STEAL)
     if mode not in ("splice-copy", "write", "notify"):
         assert refused * 4096 == copied
@@ -256,7 +259,7 @@ def test_without_identity_nothing_is_looked_for_and_that_is_said(tmp_path: Path)
     command = [sys.executable, "-I", "-S", "-c", program]
     result = audit(command, "--identity", "sample")
     assert result.json["findings"] == []
-    assert "no findings looked for" in result.stderr
+    assert "no findings looked for" in " ".join(result.stderr.split())
 
 
 # --- io_uring -----------------------------------------------------------------------------------
