@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import struct
+import threading
+import tty
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +161,89 @@ def test_without_bcc_nothing_is_read(
     with pytest.raises(RspliceError, match="python3-bpfcc"):
         compiled("one")
     assert compiles == []
+
+
+# --- a guest has its host compile -----------------------------------------------------------------
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Iterator[list[bytes]]:
+    """A device behind which a host sends, for each request, what is in the list, if anything."""
+    answers: list[bytes] = []
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    monkeypatch.setenv(module.COMPILER, os.ttyname(slave))
+
+    def serve() -> None:
+        words = b""
+        while True:
+            try:
+                words += os.read(master, 1 << 16)
+            except OSError:
+                return
+            if words.endswith(b"\n"):
+                number = json.loads(words)["id"].encode()
+                words = b""
+                for answer in answers:
+                    os.write(master, answer.replace(b"ID", number))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield answers
+    os.close(slave)
+    thread.join(10)
+    os.close(master)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that were compiled without the host."""
+    texts: list[str] = []
+
+    def stand_in(text: str) -> Compiled:
+        texts.append(text)
+        return Compiled({"here": b"x" * 8}, [])
+
+    monkeypatch.setattr(module, "_compile_here", stand_in)
+    return texts
+
+
+OTHERS = b'{"id": "another", "compiled": {"functions": {"wrong": ""}, "maps": []}}\n'
+OURS = b'{"id": "ID", "compiled": {"functions": {"f": "00ff"}, "maps": []}}\n'
+
+
+@needs_bcc
+def test_a_guest_takes_what_its_host_compiled(host: list[bytes], here: list[str]) -> None:
+    host += [OTHERS, OURS]
+    assert compiled("x" * 100003) == Compiled({"f": b"\0\xff"}, [])
+    assert here == []
+
+
+@needs_bcc
+@pytest.mark.parametrize(
+    "answer", [b'{"id": "ID"}\n', b"nonsense\n", b'{"id": "ID", "compiled": []}\n']
+)
+def test_a_guest_compiles_what_its_host_does_not(
+    host: list[bytes], here: list[str], answer: bytes
+) -> None:
+    host += [answer]
+    assert compiled("text").functions == {"here": b"x" * 8}
+    assert here == ["text"]
+
+
+@needs_bcc
+def test_a_device_that_is_gone_is_no_error(
+    directory: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(module.COMPILER, "/nonexistent")
+    assert compiled("text").functions == {"here": b"x" * 8}
+
+
+@needs_bcc
+def test_a_host_answers_each_request(directory: Path, compiles: list[str]) -> None:
+    reply = json.loads(module.answer(b'{"id": "7", "text": "one"}'))
+    assert reply["id"] == "7"
+    assert bytes.fromhex(reply["compiled"]["functions"]["f"]) == b"one" * 8
+    for bad in (b"", b"nonsense", b"[]", b'{"id": "7"}'):
+        assert "compiled" not in json.loads(module.answer(bad))
+    assert compiles == ["one"]

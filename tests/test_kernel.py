@@ -641,6 +641,35 @@ def test_the_audit_passes_on_what_decides_the_counts() -> None:
     assert _options(parser.parse_args(["--journey-json", "f", "x"]))[-1] == "--journey"
 
 
+@pytest.mark.parametrize(
+    ("missing", "device", "verdict", "state", "words"),
+    [
+        (["depmod"], True, None, "missing", "no depmod: apt-get install qemu-system-x86 "),
+        ([], False, None, "ok", "emulated: /dev/kvm is missing"),
+        ([], True, None, "ok", "with KVM if it runs a guest"),
+        ([], True, True, "ok", "with KVM, which ran one"),
+        ([], True, False, "ok", "emulated: KVM did not run one"),
+    ],
+)
+def test_doctor_says_whether_other_kernels_can_be_run(
+    monkeypatch: pytest.MonkeyPatch,
+    missing: list[str],
+    device: bool,
+    verdict: bool | None,
+    state: str,
+    words: str,
+) -> None:
+    from rsplice.commands.doctor import _check_vm
+
+    monkeypatch.setattr(vm, "missing_programs", lambda: missing)
+    monkeypatch.setattr(vm, "kvm_device", lambda: device)
+    monkeypatch.setattr(vm, "kvm_verdict", lambda: verdict)
+    check = _check_vm()
+    assert check.state == state
+    assert words in check.detail
+    assert bool(check.cost) == (state == "missing")
+
+
 # --- make test-kernels ----------------------------------------------------------------------------
 
 
