@@ -10,7 +10,7 @@ C_FILES := $(wildcard csrc/*.[ch] csrc/workloads/*.[ch] tests/c/*.[ch] tests/dri
 	benchmarks/*.[ch] rsplice/kernel/*.[ch])
 CPPCHECK := cppcheck --quiet --std=c11 --enable=warning,performance,portability \
 	--inline-suppr --error-exitcode=1
-BPF_FILES := $(wildcard tracers/bpf/*.[ch] tests/bpf/*.[ch])
+BPF_FILES := $(wildcard tracers/kmod/*.c tracers/bpf/*.[ch] tests/bpf/*.[ch])
 
 .PHONY: live test test-kernels setup setup-test setup-bench lint bench fuzz clean
 

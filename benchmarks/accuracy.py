@@ -67,7 +67,7 @@ WORKLOADS = (
     Workload("tail -c | head -c", "tail -c 300001 big | head -c 200003 >out"),
     Workload("tar", "tar cf out big small && tar xf out -C into"),
     Workload("gzip", "gzip -1 -c big >out"),
-    Workload("rsync", "rsync -W big small into/"),
+    Workload("rsync", "rsync -W --ignore-times big small into/"),
     Workload("sort", "sort small >out"),
     # Files.
     *(_driver(f"{via} -f {end}") for via in ("read", "preadv2") for end in ("file", "memfd")),
@@ -191,6 +191,28 @@ def compare(told: Iterable[Tally], measured: Iterable[Tally], kernel: Version) -
     ]
 
 
+def summary(comparisons: Iterable[Comparison]) -> str:
+    """A Markdown table with one row for each workload: all its paths that are told of, in bytes."""
+    rows = [
+        "| workload | payload | told | measured | difference | told by |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for each in comparisons:
+        known = [row for row in each.rows if row.difference is not None]
+        told, measured = sum(row.told for row in known), sum(row.measured for row in known)
+        by = sorted({row.evidence for row in known if row.payload})
+        rows.append(
+            f"| {escaped(each.workload)} | {sum(row.payload for row in known)} | {told} "
+            f"| {measured} | {measured - told} | {', '.join(by)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def escaped(text: str) -> str:
+    """For a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 class Run:
     """All workloads under one tracer, which knows by process what an audit adds up."""
 
@@ -254,7 +276,7 @@ HEADING = (
 
 def lines(comparison: Comparison) -> str:
     """Rows of a Markdown table: the paths of a workload."""
-    name = comparison.workload.replace("|", "\\|")
+    name = escaped(comparison.workload)
     if comparison.error:
         name += f" ({comparison.error})"
     rows = []
@@ -274,6 +296,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--drivers", type=Path, help="where the test drivers are built")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, too")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write a row per workload")
     parser.add_argument("--only", default="", help="workloads whose name has this in it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rsplice-accuracy-") as name:
@@ -304,6 +327,8 @@ def main() -> int:
                     print(lines(found[-1]), flush=True)
         finally:
             run.tracer.close()
+    if options.summary:
+        options.summary.write_text(summary(found))
     if options.json:
         options.json.write_text(json.dumps([asdict(each) for each in found], indent=1))
     failed = [each.workload for each in found if not each.holds]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.accuracy import TCP_TARGET, WORKLOADS, Comparison, compare, lines
+from benchmarks.accuracy import TCP_TARGET, WORKLOADS, Comparison, compare, lines, summary
 from rsplice.audit import Endpoint
 from rsplice.events import Tally
 
@@ -41,6 +41,13 @@ def test_what_is_unknown_without_measuring_is_shown_and_compared_with_nothing() 
     assert comparison.rows[0].difference is None
     assert comparison.holds
     assert f"0 + {N} unknown" in lines(comparison)
+
+
+def test_a_summary_adds_up_what_is_told_of_and_leaves_out_the_rest() -> None:
+    unseen = replace(READ, source=Endpoint("9p"))
+    rows = compare([READ, unseen], [replace(READ, measured={(0, "copied"): N}), unseen], KERNEL)
+    text = summary([Comparison("a | b", 0.0, rows)])
+    assert f"| a \\| b | {N} | {N} | {N} | 0 | inferred |" in text
 
 
 def test_a_workload_that_fails_does_not_hold() -> None:

@@ -154,8 +154,8 @@ def is_code(path: Path) -> bool:
 
 
 def licence_of(path: Path) -> str:
-    """BPF programs are GPL-2.0-only, for the kernel's GPL-only helpers; the rest is MIT."""
-    return "GPL-2.0-only" if path.parent.name == "bpf" else "MIT"
+    """BPF programs and kernel modules are GPL-2.0-only, for what is GPL-only; the rest is MIT."""
+    return "GPL-2.0-only" if path.parent.name in ("bpf", "kmod") else "MIT"
 
 
 def test_make_test_runs_each_test_module() -> None:

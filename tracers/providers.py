@@ -109,8 +109,8 @@ COPIES: tuple[Observation, ...] = (
     # fs/splice.c: vmsplice out of a pipe
     _of("copies of vmsplice", "pipe_to_user", "in"),
     # drivers/char/mem.c, drivers/char/random.c, fs/seq_file.c, fs/kernfs/file.c
-    _of("bytes read from /dev/zero", "read_zero", "in"),
-    _of("bytes spliced from /dev/zero", "read_iter_zero", "in"),
+    Observation("bytes read from /dev/zero", ("read_zero",), "in", by_iterator=False),
+    Observation("bytes spliced from /dev/zero", ("read_iter_zero",), "in", by_iterator=False),
     _of("bytes of /dev/urandom", "get_random_bytes_user", "in"),
     _of("copies out of generated files", "seq_read_iter", "in"),
     _of("copies into sysfs and cgroup files", "kernfs_fop_write_iter", "out"),
@@ -134,9 +134,7 @@ COPIES: tuple[Observation, ...] = (
     # fs/btrfs/file.c
     Observation("copies into btrfs", ("btrfs_buffered_write",), "out", outside=True),
     # fs/fuse/dev.c: memcpy(), which no module can probe either
-    Observation(
-        "copies of FUSE messages", ("fuse_copy_do",), "fuse_copy_do", 3, False, outside=True
-    ),
+    Observation("copies of FUSE messages", ("fuse_copy_do",), "out", 0, False, outside=True),
     # net/core/skbuff.c
     Observation("copies of zero-copy packets", ("skb_copy_ubufs",), "skb_copy_ubufs", 2, False),
 )
@@ -207,8 +205,6 @@ ALL: tuple[Observation, ...] = (*COPIES, REQUESTS, *PAGES)
 
 #: Programs that return the bytes of a function, by the number of its arguments.
 RETURNS = {"in": (1, 2, 3, 4, 7), "out": (2, 3, 4, 5)}
-#: Special programs whose function's result alone says nearly the same, for a kretprobe.
-_BY_RESULT = {"fuse_copy_do": "out"}
 
 
 @dataclass
@@ -289,8 +285,7 @@ def _fexit_program(observation: Observation, arguments: int) -> str | None:
 
 
 def _kretprobe_program(observation: Observation) -> str | None:
-    side = _BY_RESULT.get(observation.program, observation.program)
-    return f"copied_{side}_ax" if side in RETURNS else None
+    return f"copied_{observation.program}_ax" if observation.program in RETURNS else None
 
 
 def attach(program: Program, kernel: Kernel) -> list[Taken]:

@@ -96,12 +96,6 @@ int copied_ip_generic_getfrag(u64 *ctx)
 					   : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
 }
 
-/* fuse_copy_do(cs, val, size): without val the bytes are skipped. */
-int copied_fuse_copy_do(u64 *ctx)
-{
-	return tracepoint_arg(ctx, 1) ? count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3)) : 0;
-}
-
 /*
  * tcp_sendmsg_locked(sk, msg, size) takes pages by reference for MSG_SPLICE_PAGES (6.5), and for
  * MSG_ZEROCOPY where the socket or the caller (io_uring, by msg_ubuf) asked for it.
