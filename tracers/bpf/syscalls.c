@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * System calls, counted when they return: pt_regs still holds the arguments, and rings and page
- * caches still show the pages. No probe at entry, so calls of others pay for one probe only.
+ * caches still show the pages. Counting takes no probe at entry; findings do (findings.c).
  */
 #define TS_COMPAT 2 /* arch/x86/include/asm/thread_info.h */
 #define X32_BIT	  0x40000000
