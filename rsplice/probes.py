@@ -2,8 +2,8 @@
 """Probes of another process: what `rsplice serve-probes` and its clients say to each other.
 
 A client connects to a unix socket and sends requests, each a JSON object on a line of its own; each
-is answered by one line, ``{"ok": ...}`` or ``{"error": "why"}``. Descriptors go with the first byte
-of the request that they belong to (SCM_RIGHTS).
+is answered by one line, ``{"ok": ...}`` or ``{"error": "why"}``, with the ``id`` of the request if
+it has one. Descriptors go with the first byte of the request that they belong to (SCM_RIGHTS).
 
     {"op": "hello"}                           first; the connection's own socket goes with it
     {"op": "start", "pids": [0], ...}         the fields of a Wanted; 0 is the client. -> its number
@@ -17,6 +17,7 @@ of the request that they belong to (SCM_RIGHTS).
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import socket
@@ -74,6 +75,7 @@ class RemoteProbes:
         self._path = path
         self._lock = threading.Lock()
         self._answers = b""
+        self._numbers = itertools.count(1)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect(path)
@@ -124,12 +126,16 @@ class RemoteProbes:
     abandon = close
 
     def _ask(self, request: dict[str, Any], files: Sequence[int] = ()) -> Any:
-        line = json.dumps(request).encode() + b"\n"
         with self._lock:
+            number = next(self._numbers)
+            line = json.dumps({**request, "id": number}).encode() + b"\n"
             try:
                 sent = socket.send_fds(self._socket, [line], list(files)) if files else 0
                 self._socket.sendall(line[sent:])
                 answer = self._answer()
+                # A signal's exception may have kept an answer from who had asked for it.
+                while answer.get("id", number) != number:
+                    answer = self._answer()
             except OSError as error:
                 raise RspliceError(f"the probes at {self._path} are gone: {error}") from error
         if "error" in answer:
@@ -211,14 +217,17 @@ class Client:
         except (ValueError, RecursionError):
             self._say({"error": "a request is a JSON object on a line of its own"})
             return False
+        number = request.pop("id", None)
+        named = {"id": number} if type(number) is int else {}
         try:
-            self._say({"ok": self._do(request)})
+            answer = {"ok": self._do(request)}
         except (_Refused, RspliceError) as error:
-            self._say({"error": str(error)})
+            answer = {"error": str(error)}
         except (OSError, BpfError) as error:
-            self._say({"error": f"cannot do that: {os.strerror(error.errno or errno.EIO)}"})
+            answer = {"error": f"cannot do that: {os.strerror(error.errno or errno.EIO)}"}
         finally:
             self._close_files()
+        self._say({**named, **answer})
         return True
 
     def _say(self, answer: dict[str, Any]) -> None:

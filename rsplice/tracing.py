@@ -17,6 +17,7 @@ from rsplice.engine import ASIDE, Engine, Wanted
 from rsplice.errors import RspliceError
 from rsplice.probes import RemoteProbes, served_path
 from rsplice.tracers.capability import reason
+from rsplice.tracers.program import BpfError
 
 SCOPES = ("block", "all")
 
@@ -52,6 +53,7 @@ class Trace:
         self._probes: Probes | None = None
         self._last: Audit | None = None
         self._stack = ExitStack()
+        self._import_error: RspliceError | None = None
         self.process: subprocess.Popen[Any] | None = None  #: the command, if there is one
         #: For a test runner: descriptors that are its own. Set, imports are left out, too.
         self.leave_out: Callable[[], list[int]] | None = None
@@ -71,7 +73,8 @@ class Trace:
         if self._number is not None:
             self._check_process()
             assert self._probes is not None
-            audit = self._probes.audit(self._number)
+            with _told():
+                audit = self._probes.audit(self._number)
             audit.exit_status = self._status()
             return audit
         if self._last is None:
@@ -93,8 +96,10 @@ class Trace:
         if self.leave_out is not None:
             wanted = replace(wanted, left_out=tuple(self.leave_out()), aside=True)
             self._stack.enter_context(imports_set_aside(self._set_aside))
+        self._import_error = None
         try:
-            self._number = self._probes.start(wanted)
+            with _told():
+                self._number = self._probes.start(wanted)
         except BaseException:
             self._stack.close()
             raise
@@ -108,7 +113,8 @@ class Trace:
     def _run(self) -> None:
         assert self._probes is not None and self._number is not None
         tid = threading.get_native_id()
-        self._probes.adopt(tid, self._number)
+        with _told():
+            self._probes.adopt(tid, self._number)
         try:
             self.process = subprocess.Popen(self._argv, **self._popen)
         finally:
@@ -123,14 +129,23 @@ class Trace:
             _end(self.process)
         number, self._number = self._number, None
         try:
-            self._last = self._probes.stop(number)
+            with _told():
+                self._last = self._probes.stop(number)
         finally:
             self._stack.close()
+        if self._import_error:
+            self._last = None
+            raise self._import_error
         self._last.exit_status = self._status()
 
     def _set_aside(self, tid: int, begins: bool) -> None:
-        if self._probes is not None and self._owner == os.getpid():
-            self._probes.set_aside(tid, ASIDE if begins else 0)
+        if self._probes is None or self._owner != os.getpid():
+            return
+        try:
+            with _told():
+                self._probes.set_aside(tid, ASIDE if begins else 0)
+        except RspliceError as error:
+            self._import_error = error  # which is no reason for the import to fail
 
     def __enter__(self) -> Trace:
         self.start()
@@ -197,6 +212,18 @@ def _end(process: subprocess.Popen[Any]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says in one line that the probes are gone, as where somebody closed all descriptors."""
+    global _probes
+    try:
+        yield
+    except (BpfError, OSError) as error:
+        # Not closed: their numbers may be those of other files now.
+        _probes = None
+        raise RspliceError(f"the probes of this process do not answer: {error}") from error
 
 
 # --- the probes of this process -------------------------------------------------------------------

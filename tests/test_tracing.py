@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import rsplice
-from rsplice import engine, tracing
+from rsplice import engine, probes, tracing
 from rsplice.audit import Audit
 from rsplice.tracers import tracer as tracers
 
@@ -483,6 +484,47 @@ if __name__ == "__main__":
 def test_a_process_that_ends_within_a_trace_leaves_nothing(end: str) -> None:
     program = f"import os, rsplice\nwith rsplice.trace() as trace:\n    {end}\n"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 7
+
+
+def test_a_process_that_closes_all_descriptors_is_told_so() -> None:
+    program = """
+import os, rsplice
+try:
+    with rsplice.trace() as trace:
+        os.closerange(3, 1 << 10)
+except rsplice.RspliceError as error:
+    print(error)
+with rsplice.trace() as trace:  # by other probes
+    r, w = os.pipe()
+    os.write(w, b"12345")
+print(trace.audit.copy_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (
+        "the probes of this process do not answer: Bad file descriptor\n5\n",
+        "",
+    )
+
+
+def test_an_answer_that_a_signal_took_away_is_not_the_next_ones() -> None:
+    """As pytest-timeout does it: an exception amid a question to rsplice serve-probes."""
+    ours, theirs = socket.socketpair()
+    remote = object.__new__(probes.RemoteProbes)
+    remote.__dict__.update(
+        _path="here",
+        _lock=threading.Lock(),
+        _answers=b"",
+        _numbers=itertools.count(1),
+        _socket=ours,
+    )
+    signal.signal(signal.SIGALRM, lambda number, frame: 1 / 0)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(ZeroDivisionError):
+        remote.hold(True)
+    theirs.sendall(b'{"id": 1, "ok": "late"}\n{"id": 2, "ok": 42}\n')
+    assert remote.start(engine.Wanted()) == 42
+    ours.close()
+    theirs.close()
 
 
 # Arguments
