@@ -41,14 +41,25 @@ struct end {
 	u32 dax;
 };
 
-/* The struct file behind a descriptor of the current task, 0 if there is none. */
+/* A task's struct fdtable. */
+static __always_inline u64 files_of(u64 task)
+{
+	return read64(read64(task + TASK_FILES) + FILES_FDT);
+}
+
+/* The struct file behind a descriptor, 0 if there is none. */
+static __always_inline u64 file_in(u64 table, u32 fd)
+{
+	u64 seen = look_at(table);
+
+	if (fd >= (u32)seen32(seen, FDT_MAX))
+		return 0;
+	return read64(seen64(seen, FDT_FD) + (u64)fd * 8);
+}
+
 static __always_inline u64 file_of(u64 task, u32 fd)
 {
-	u64 table = read64(read64(task + TASK_FILES) + FILES_FDT);
-
-	if (fd >= (u32)read32(table + FDT_MAX))
-		return 0;
-	return read64(read64(table + FDT_FD) + (u64)fd * 8);
+	return file_in(files_of(task), fd);
 }
 
 static __always_inline u64 socket_end(u64 file)

@@ -573,7 +573,8 @@ static __always_inline void count_compat(struct call *call, u32 entry, u64 regs)
 /* Finds the call's two ends and its flags. False if it carries nothing. */
 static __always_inline bool choose_ends(struct call *call, u64 task, u64 regs, u32 shape)
 {
-	u64 first = shape == SHAPE_USER_TO_USER ? 0 : file_of(task, read64(regs + REGS_ARG0));
+	u64 files = files_of(task);
+	u64 first = shape == SHAPE_USER_TO_USER ? 0 : file_in(files, read64(regs + REGS_ARG0));
 	u64 source = USER_MEMORY, destination = USER_MEMORY;
 	u32 message_flags;
 	s32 second = -1;
@@ -636,7 +637,7 @@ static __always_inline bool choose_ends(struct call *call, u64 task, u64 regs, u
 	}
 	}
 	if (second >= 0) {
-		u64 file = file_of(task, second);
+		u64 file = file_in(files, second);
 
 		if (shape == SHAPE_SENDFILE || shape == SHAPE_IOCTL)
 			source = file;
