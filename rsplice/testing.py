@@ -127,7 +127,8 @@ def wrap(item: pytest.Item) -> None:
 
     setattr(item, name, traced)
     test.stack.callback(setattr, item, name, function)
-    instance = getattr(item, "instance", None)
+    # Before 8.2 pytest has it under another name.
+    instance = getattr(item, "_testcase", None) or getattr(item, "instance", None)
     if inspect.iscoroutinefunction(function) and hasattr(instance, "_callTestMethod"):
         # unittest looks its asynchronous methods up by name.
         setattr(instance, item.name, traced)
@@ -398,10 +399,13 @@ class _Reports:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         outcome = yield
         test = item.stash.get(_TEST, None)
-        if test is None or test.audit is None or call.when != "call":
+        if test is None or call.when != "call":
             return
         report = outcome.get_result()
-        if not report.failed:
+        if report.passed and test.audit is None:
+            report.outcome = "failed"
+            report.longrepr = "rsplice could not trace this test: another plugin runs its function"
+        if not report.failed or test.audit is None:
             return
         lines: list[str] = []
         for limit in test.failed:

@@ -605,6 +605,29 @@ def large():
     result.stdout.fnmatch_lines(["max_copied(100): 101 bytes copied"])
 
 
+def test_a_test_that_somebody_else_runs_does_not_pass_untraced(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    pyfuncitem.module.test_it()
+    return True
+"""
+    )
+    pytester.makepyfile(
+        """
+import pytest
+@pytest.mark.max_copied(0)
+def test_it():
+    open("/etc/hostname").read()
+"""
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=100)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["rsplice could not trace this test: another plugin runs*"])
+
+
 def test_probes_that_fail_fail_the_test_in_one_line(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
