@@ -415,13 +415,16 @@ class Engine:
     def _sweep(self) -> None:
         """Makes room in the kernel's maps, and here."""
         self._unswept = 0
+        # In this order: who has been started since is not known, and is left alone.
+        gone = set(self._members)
         followed = set(self._counters.followed().values())
+        gone -= followed
         dead = self._dead - followed
         for key in dead:
             del self._members[key], self._origins[key], self._asides[key]
         self._dead -= dead
         self._counters.forget(dead)
-        self._counters.retire_all_but(followed)
+        self._counters.retire_keys(gone - dead)
 
     def _read(self, number: int) -> Audit:
         trace = self._traces[number]

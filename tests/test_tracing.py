@@ -253,6 +253,32 @@ def test_more_traces_than_the_kernel_has_room_for(
         made.close()
 
 
+def test_children_that_start_while_room_is_made_are_counted(
+    data: Path, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_SWEEP_AT", 1)
+    made = engine.Engine()
+    children = 101
+
+    def start_children() -> None:
+        for _ in range(children):
+            subprocess.run(["cat", data], stdout=subprocess.DEVNULL, check=True)
+
+    try:
+        wanted = engine.Wanted((os.getpid(),))
+        outer = made.start(wanted)
+        thread = threading.Thread(target=start_children)
+        thread.start()
+        while thread.is_alive():
+            made.stop(made.start(wanted))
+        audit = made.stop(outer)
+    finally:
+        made.close()
+    written = [path for path in audit.paths if path.destination == "/dev/null"]
+    assert sum(path.payload_bytes for path in written) == children * SIZE
+    assert len(audit.processes) == 1 + children
+
+
 # Children
 
 

@@ -212,13 +212,13 @@ class Counters:
         """Events that were lost so far."""
         return self._count(self._lost)
 
-    def retire_all_but(self, needed: Container[int]) -> None:
-        """Retires all counters but those under the keys *needed*."""
+    def retire_keys(self, gone: Container[int]) -> None:
+        """Retires the counters under the keys *gone*."""
         self.retire(
             {
                 key: values[0]
                 for key, values in self._processes.items()
-                if _number(key, "=Q") not in needed
+                if _number(key, "=Q") in gone
             }
         )
 
