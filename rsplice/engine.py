@@ -349,10 +349,18 @@ class Engine:
                 self._check_owner(pid)
                 _check_alive(descriptor, pid)
             except RspliceError:
-                self._counters.unfollow(_group_of(pid))
+                self._disavow(_group_of(pid))
                 raise
         finally:
             os.close(descriptor)
+
+    def _disavow(self, pid: int) -> None:
+        """Follows a process no more, and lets nobody see what was counted of it."""
+        key = self._counters.followed().get(pid)
+        self._counters.unfollow(pid)
+        if key in self._members:
+            self._members[key] = frozenset()
+            self._dead.add(key)
 
     def _check_owner(self, pid: int) -> None:
         if not _is_owned_by(pid, self._owner):

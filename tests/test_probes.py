@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from rsplice import probes
+from rsplice import engine, probes
 
 pytestmark = pytest.mark.privileged
 
@@ -469,3 +470,50 @@ except rsplice.RspliceError as error:
         "no probes at /no/such/socket: No such file or directory; "
         "start 'rsplice serve-probes' as root\n"
     )
+
+
+def test_a_process_that_turns_out_to_be_anothers_is_disavowed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As if the pid had been taken by another process between the check and the following."""
+    data_file = tmp_path / "data"
+    data_file.write_bytes(bytes(4099))
+    made = engine.Engine(owner=USER.pw_uid)
+    answers = iter([True, False])
+    monkeypatch.setattr(engine, "_is_owned_by", lambda pid, owner: next(answers))
+    monkeypatch.setattr(engine, "_descendants", lambda pids: [os.getpid()] if not pids else [])
+    follow = made._counters.follow_as
+
+    def follow_and_work(*arguments: Any) -> None:
+        follow(*arguments)
+        work = threading.Thread(target=data_file.read_bytes)
+        work.start()
+        work.join()
+
+    monkeypatch.setattr(made._counters, "follow_as", follow_and_work)
+    try:
+        number = made.start(engine.Wanted(below=True))
+        data_file.read_bytes()
+        audit = made.stop(number)
+    finally:
+        made.close()
+    assert audit.paths == []
+    assert audit.processes == []
+    assert audit.accuracy.events_lost == 1
+    (missing,) = [each for each in audit.accuracy.probes_missing if each.probe == "process"]
+    assert missing.reason == f"process {os.getpid()} is not one of user {USER.pw_uid}: not traced"
+
+
+def test_there_is_room_for_so_many_clients(helper: subprocess.Popen[str], folder: Path) -> None:
+    program = f"""
+import json, os, socket
+clients = []
+for _ in range({probes.MAX_CLIENTS + 1}):
+    clients.append(socket.socket(socket.AF_UNIX))
+    clients[-1].connect(os.environ["RSPLICE_PROBES"])
+print(json.loads(clients[-1].recv(1000)))
+clients[0].sendall({START.encode()!r})
+print(list(json.loads(clients[0].recv(1000))))
+"""
+    assert run(folder, program) == "{'error': 'too many clients'}\n['ok']\n"
+    wait_until(lambda: attached(helper) == 0)
