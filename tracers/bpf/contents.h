@@ -48,7 +48,7 @@ struct reading {
 	struct contents_key key;
 	struct contents now;
 };
-BPF_TABLE("percpu_array", u32, struct reading, readings, 1);
+BPF_TABLE("percpu_array", u32, struct reading, readings, NR_PROGRAM_PLACES);
 
 /* The part of block *i* that is queued. */
 static __always_inline void clip_block(struct reading *reading, u32 i)
@@ -144,11 +144,9 @@ static __always_inline bool have_contents_changed(struct reading *reading)
 	return changed;
 }
 
-static __always_inline struct reading *new_reading(void)
+static __always_inline struct reading *reading_at(u32 place)
 {
-	u32 zero = 0;
-
-	return readings.lookup(&zero);
+	return readings.lookup(&place);
 }
 #else
 #define CONTENTS 0

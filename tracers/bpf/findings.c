@@ -103,7 +103,7 @@ static __always_inline void look_at_close(u64 nr, u64 regs)
 {
 	u64 task = bpf_get_current_task(), process = process_of_task(task), file, pipe;
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_ENTER);
 
 	if (!process || !inspection || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
 		return;
@@ -179,7 +179,7 @@ int tp_sys_enter(u64 *ctx)
 	process = process_of_task(task);
 	if (!process || read32(task + TASK_STATUS) & TS_COMPAT || nr & X32_BIT)
 		return 0;
-	inspection = inspections.lookup(&zero);
+	inspection = inspection_at(AT_ENTER);
 	file = file_of(task, read64(regs + REGS_ARG0));
 	if (!inspection || !look_into(inspection, process, *entries >> 8 & 0xff, file))
 		return 0;
@@ -290,7 +290,7 @@ static __always_inline bool judge_some(struct inspection *inspection)
 int tp_buffers(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_ENTER);
 
 	if (!inspection)
 		return 0;
@@ -312,11 +312,11 @@ static __always_inline bool can_change(struct buffer_classes *classes, u64 slot)
 }
 
 /* Compares some of what waits in the pipe with what was queued. Returns whether that was all. */
-static __always_inline bool compare_some(struct inspection *inspection)
+static __always_inline bool compare_some(struct inspection *inspection, u32 place)
 {
 	u32 zero = 0, i;
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
-	struct reading *reading = new_reading();
+	struct reading *reading = reading_at(place);
 
 	if (!classes || !reading)
 		return true;
@@ -343,20 +343,20 @@ static __always_inline bool compare_some(struct inspection *inspection)
 int tp_compare(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_ENTER);
 
 	if (inspection)
-		enter_programs.call(ctx,
-				    compare_some(inspection) ? PROGRAM_BUFFERS : PROGRAM_COMPARE);
+		enter_programs.call(ctx, compare_some(inspection, AT_ENTER) ? PROGRAM_BUFFERS
+									    : PROGRAM_COMPARE);
 	return 0;
 }
 
 /* Keeps the contents of some buffers, the newest first. Returns whether these were all. */
-static __always_inline bool keep_some(struct inspection *inspection)
+static __always_inline bool keep_some(struct inspection *inspection, u32 place)
 {
 	u32 zero = 0, i;
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
-	struct reading *reading = new_reading();
+	struct reading *reading = reading_at(place);
 
 	if (!classes || !reading)
 		return true;
@@ -381,10 +381,11 @@ static __always_inline bool keep_some(struct inspection *inspection)
 int tp_contents(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_EXIT);
 
 	if (inspection)
-		exit_programs.call(ctx, keep_some(inspection) ? PROGRAM_WALK : PROGRAM_CONTENTS);
+		exit_programs.call(ctx, keep_some(inspection, AT_EXIT) ? PROGRAM_WALK
+								       : PROGRAM_CONTENTS);
 	return 0;
 }
 #endif
@@ -393,7 +394,7 @@ int tp_contents(u64 *ctx)
 int tp_offer(u64 *ctx)
 {
 	u32 zero = 0, tid = bpf_get_current_pid_tgid(), i;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_ENTER);
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
 	struct offers *kept = offers_scratch.lookup(&zero);
 
@@ -428,7 +429,7 @@ all:
 int tp_reply_end(u64 *ctx)
 {
 	u32 zero = 0, tid = bpf_get_current_pid_tgid();
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_EXIT);
 	struct offers *kept = offers.lookup(&tid);
 
 	if (!inspection || !kept)
@@ -463,7 +464,7 @@ int tp_stranded(u64 *ctx)
 	u64 task = tracepoint_arg(ctx, 0), table = read64(read64(task + TASK_FILES) + FILES_FDT);
 	u64 files = read64(table + FDT_FD), file, pipe = 0;
 	u32 zero = 0, i, count = read32(table + FDT_MAX);
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_END);
 
 	if (!inspection || !files)
 		return 0;
@@ -533,7 +534,7 @@ int tp_signal_deliver(u64 *ctx)
 int tp_leaked(u64 *ctx)
 {
 	u32 zero = 0, tid = bpf_get_current_pid_tgid();
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_END);
 	struct inside *inside = usdt_inside.lookup(&tid);
 	u64 nr = read64(task_pt_regs(current_task_btf()) + REGS_NR);
 
@@ -555,7 +556,7 @@ int tp_leaked(u64 *ctx)
 static __always_inline void look_at_end(u64 *ctx, u64 process, u32 tid, bool last)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_END);
 
 	if (!inspection)
 		return;

@@ -30,7 +30,6 @@ struct finding {
 	char file[32]; /* the last part of its path */
 };
 BPF_HASH(findings, struct finding_key, struct finding, MAX_FINDINGS);
-BPF_TABLE("percpu_array", u32, struct finding, finding_scratch, 1);
 
 /* Addresses of the tables of pipe buffer operations; findings.py learns them at start. */
 struct buffer_classes {
@@ -104,30 +103,26 @@ static __always_inline void name_file(struct finding *finding, u64 inode)
 static __always_inline void record_all(struct finding_key *key, struct facts *facts, u64 inode,
 				       u64 times)
 {
-	struct finding *known = findings.lookup(key), *fresh;
+	struct finding *known = findings.lookup(key);
 	u64 now = bpf_ktime_get_ns();
-	u32 zero = 0;
 
 	journey_found(key->name, key->reason, facts->page);
 	if (!known) {
-		fresh = finding_scratch.lookup(&zero);
-		if (!fresh)
-			return;
-		__builtin_memset(fresh, 0, sizeof(*fresh));
-		fresh->first = now;
-		fresh->facts = *facts;
-		fresh->tid = bpf_get_current_pid_tgid();
+		struct finding fresh = {.first = now,
+					.facts = *facts}; /* no map: see inspections */
+
+		fresh.tid = bpf_get_current_pid_tgid();
 		if (is_cache_page(facts->mapping)) {
-			fresh->index = read64(head_of(facts->page) + PAGE_INDEX);
-			fresh->index += (facts->page - head_of(facts->page)) / PAGE_SIZE_OF;
+			fresh.index = read64(head_of(facts->page) + PAGE_INDEX);
+			fresh.index += (facts->page - head_of(facts->page)) / PAGE_SIZE_OF;
 			if (!inode)
 				inode = read64(facts->mapping + MAPPING_HOST);
 		}
 		if (inode)
-			name_file(fresh, inode);
+			name_file(&fresh, inode);
 		remember_name(key->source);
 		remember_name(key->destination);
-		findings.insert(key, fresh);
+		findings.insert(key, &fresh);
 		known = findings.lookup(key);
 		if (!known) {
 			count_lost(LOST_FINDING);
@@ -218,7 +213,18 @@ struct inspection {
 	struct folio folio;
 	struct facts facts;
 };
-BPF_TABLE("percpu_array", u32, struct inspection, inspections, 1);
+
+/*
+ * Where programs run. From 7.0 on another task's may run in between on the same CPU, as long as it
+ * is not the same one (__bpf_trace_run(), kernel/trace/bpf_trace.c): each has a place of its own.
+ */
+enum place_of_program { AT_ENTER, AT_EXIT, AT_END, AT_SUBMIT, AT_COMPLETE, NR_PROGRAM_PLACES };
+BPF_TABLE("percpu_array", u32, struct inspection, inspections, NR_PROGRAM_PLACES);
+
+static __always_inline struct inspection *inspection_at(u32 place)
+{
+	return inspections.lookup(&place);
+}
 
 static __always_inline void inspect_pipe(struct inspection *inspection, u64 pipe)
 {

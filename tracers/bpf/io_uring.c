@@ -74,7 +74,7 @@ static __always_inline void judge_request(u64 *ctx, u64 request, u64 entry)
 {
 	u64 task = bpf_get_current_task(), file = 0;
 	u32 shape = entry & 0xff, zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_SUBMIT);
 
 	if (!inspection)
 		return;
@@ -99,7 +99,7 @@ static __always_inline void judge_request(u64 *ctx, u64 request, u64 entry)
 int tp_uring_buffers(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_SUBMIT);
 
 	if (inspection && !judge_some(inspection))
 		uring_submit_programs.call(ctx, PROGRAM_BUFFERS);
@@ -135,11 +135,12 @@ int tp_io_uring_submit_req(u64 *ctx)
 int tp_uring_compare(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_SUBMIT);
 
 	if (inspection)
-		uring_submit_programs.call(ctx, compare_some(inspection) ? PROGRAM_BUFFERS
-									 : PROGRAM_COMPARE);
+		uring_submit_programs.call(ctx, compare_some(inspection, AT_SUBMIT)
+							? PROGRAM_BUFFERS
+							: PROGRAM_COMPARE);
 	return 0;
 }
 
@@ -147,10 +148,11 @@ int tp_uring_compare(u64 *ctx)
 int tp_uring_contents(u64 *ctx)
 {
 	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(AT_COMPLETE);
 
 	if (inspection)
-		uring_programs.call(ctx, keep_some(inspection) ? URING_WALK : URING_CONTENTS);
+		uring_programs.call(ctx, keep_some(inspection, AT_COMPLETE) ? URING_WALK
+									    : URING_CONTENTS);
 	return 0;
 }
 #endif
@@ -252,7 +254,7 @@ int tp_io_uring_complete(u64 *ctx)
 		else
 			return 0;
 #if CONTENTS
-		if (prepare_contents(call))
+		if (prepare_contents(call, AT_COMPLETE))
 			uring_programs.call(ctx, URING_CONTENTS);
 #endif
 		uring_programs.call(ctx, URING_WALK);

@@ -455,10 +455,9 @@ static __always_inline void prepare(struct walk *walk, u64 task, u64 regs, u32 s
 
 #if CONTENTS
 /* The pipe that the call has queued buffers in, for tp_contents. False if there is none. */
-static __always_inline bool prepare_contents(struct call *call)
+static __always_inline bool prepare_contents(struct call *call, u32 place)
 {
-	u32 zero = 0;
-	struct inspection *inspection = inspections.lookup(&zero);
+	struct inspection *inspection = inspection_at(place);
 
 	if (!inspection || !END_IS_PIPE(call->destination.id))
 		return false;
@@ -486,7 +485,7 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 	if (walk->verdict == NO_WALK)
 		return;
 #if CONTENTS
-	if (prepare_contents(call))
+	if (prepare_contents(call, AT_EXIT))
 		exit_programs.call(ctx, PROGRAM_CONTENTS);
 #endif
 	exit_programs.call(ctx, PROGRAM_WALK);
