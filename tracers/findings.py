@@ -177,7 +177,9 @@ REASONS = (
     ),
     _missed(
         "not known",
-        "Nothing that was looked at forbade the move: please report it with the kernel's release.",
+        "Nothing forbade the move, neither before the reply nor after it: somebody referred to the "
+        "page for a moment, as a lookup does. Where they are many, please report it with the "
+        "kernel's release.",
     ),
 )  # fmt: skip
 

@@ -101,6 +101,7 @@ static __always_inline u32 why_copied(struct reply *reply, struct offers *kept, 
 				      u64 wanted)
 {
 	struct offered *offered = next_buffer(reply, kept);
+	u32 reason;
 
 	if (offered)
 		recall_offer(&reply->before, offered);
@@ -119,7 +120,12 @@ static __always_inline u32 why_copied(struct reply *reply, struct offers *kept, 
 		return ODD_OFFSET;
 	if (offered->length != size)
 		return PARTIAL_PAGE;
-	return offered->reason ? offered->reason : UNEXPLAINED;
+	if (offered->reason)
+		return offered->reason;
+	/* It may have come into use since: its buffer still holds it. */
+	load_page_facts(&reply->before, offered->page);
+	reason = why_refused(&reply->before);
+	return reason ? reason : UNEXPLAINED;
 }
 
 /* Checks a page that was moved: is it its new owner's alone? */
