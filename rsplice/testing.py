@@ -40,12 +40,14 @@ class _Test:
     trace: Trace
     stack: ExitStack = field(default_factory=ExitStack)
     failed: list[Limit] = field(default_factory=list)
+    entered: bool = False  #: whether the body has begun
     audit: Audit | None = None  #: when the body has ended
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Traces meanwhile, or goes on doing so where the scope began earlier."""
         __tracebackhide__ = True
+        self.entered = True
         self.begin()
         try:
             yield
@@ -340,7 +342,8 @@ def _files_of(config: pytest.Config) -> list[int]:
         for name in ("in_", "out", "err"):
             stream = getattr(capture, name, None)
             files += [getattr(stream, "tmpfile", None), getattr(stream, "targetfd_save", None)]
-    files.append(getattr(config.get_terminal_writer(), "_file", None))
+    terminal: Any = config.pluginmanager.getplugin("terminalreporter")  # none with -p no:terminal
+    files.append(getattr(getattr(terminal, "_tw", None), "_file", None))
     log: Any = config.pluginmanager.getplugin("logging-plugin")
     files.append(getattr(getattr(log, "log_file_handler", None), "stream", None))
     for plugin in config.pluginmanager.get_plugins():
@@ -402,7 +405,7 @@ class _Reports:
         if test is None or call.when != "call":
             return
         report = outcome.get_result()
-        if report.passed and test.audit is None:
+        if report.passed and not test.entered:
             report.outcome = "failed"
             report.longrepr = "rsplice could not trace this test: another plugin runs its function"
         if not report.failed or test.audit is None:

@@ -605,6 +605,29 @@ def large():
     result.stdout.fnmatch_lines(["max_copied(100): 101 bytes copied"])
 
 
+def test_subtests_are_part_of_their_test(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+import unittest
+class TestSub(unittest.TestCase):
+    @pytest.mark.max_copied(100)
+    def test_sub(self):
+        for size in (60, 41):
+            with self.subTest(size=size):
+                assert len(open("/dev/zero", "rb", 0).read(size)) == size
+@pytest.mark.max_copied(100)
+def test_subtests(subtests):
+    for size in (60, 40):
+        with subtests.test(size=size):
+            assert len(open("/dev/zero", "rb", 0).read(size)) == size
+""",
+    )
+    assert "max_copied(100): 101 bytes copied" in result.stdout.str()
+    assert "could not trace" not in result.stdout.str()
+    assert result.parseoutcomes()["failed"] == 1
+
+
 def test_a_test_that_somebody_else_runs_does_not_pass_untraced(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(
         """
