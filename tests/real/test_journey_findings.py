@@ -6,8 +6,10 @@ FUSE servers offer 64 pages each for a move; what each does wrong is its name.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from rsplice.audit import Audit
 from rsplice.dashboards.live import LiveView
 from rsplice.recording import Recording
+from tests.support.filesystems import Scratch
 from tests.support.run import ROOT, RSPLICE, Driver, Result, audit, environment
 from tests.test_live_view import DETAIL, pressed, screen
 
@@ -130,6 +133,28 @@ def test_a_large_folio_is_followed_as_one_page(driver: Driver, ext4: Path) -> No
         assert any("buffers" in step["detail"] for step in story["steps"])
     gifts = [s for s in result.json["journeys"]["stories"] if of_server(s, "vmspliced")]
     assert len(gifts) == 3, "so many of each reason as were asked for"
+
+
+#: The same page of a file through a pipe into another file, three times.
+INTO_A_FILE = """
+import os, sys
+source, file = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)
+out, into = os.pipe()
+for _ in range(3):
+    assert os.splice(source, into, 4096, offset_src=0) == 4096
+    assert os.splice(out, file, 4096, flags=os.SPLICE_F_MOVE) == 4096
+"""
+
+
+def test_a_buffer_that_a_file_has_emptied_counts_once(ext4: Path) -> None:
+    """The kernel leaves no size of it in the pipe's ring, where those of earlier calls lie too."""
+    source = Scratch(ext4, "ext4").file("offered", 4096)
+    # Not a wrapper: it may have pipes of its own.
+    program = [os.path.realpath(sys.executable), "-ISc", INTO_A_FILE, source, ext4 / "offered-copy"]
+    result = checked(audit(list(map(str, program)), "--journey-finding", "steal-refused"))
+    (story,) = result.json["journeys"]["stories"]
+    assert told(story) == ["queued", "copied", "finding"] * 3
+    assert {s["detail"] for s in story["steps"] if s["what"] == "copied"} == {"to ext4 by splice"}
 
 
 def test_a_moved_page_has_no_finding_in_its_journey(driver: Driver, ext4: Path) -> None:

@@ -444,11 +444,12 @@ static __always_inline u32 fullness(u64 pipe)
 /*
  * How many slots, from the newest backwards, hold so many bytes. A buffer that was read has lost
  * its length to its offset: the sum of both is its size, or more, so that too few slots are taken
- * for the call's rather than too many.
+ * for the call's rather than too many. iter_file_splice_write() (fs/splice.c) leaves no size of a
+ * buffer that it has emptied: it is taken for a whole page.
  */
 static __always_inline void count_slots(struct scan *scan)
 {
-	u32 size = scan->mask + 1, i;
+	u32 ring = scan->mask + 1, size, i;
 	u64 total = scan->given;
 
 	scan->slots = 0;
@@ -456,11 +457,12 @@ static __always_inline void count_slots(struct scan *scan)
 	for (i = 0; i < MAX_SLOTS; i++) {
 		u64 slot = slot_at(scan->bufs, scan->newest - 1 - i, scan->mask);
 
-		if (i >= size || total >= scan->bytes)
+		if (i >= ring || total >= scan->bytes)
 			break;
-		total += (u32)read32(slot + BUF_LEN);
+		size = (u32)read32(slot + BUF_LEN);
 		if (scan->step == STEP_TAKEN || i >= scan->full)
-			total += (u32)read32(slot + J_BUF_OFFSET);
+			size += (u32)read32(slot + J_BUF_OFFSET);
+		total += size ? size : 4096;
 		scan->slots++;
 	}
 }
@@ -581,6 +583,19 @@ static __always_inline bool is_queued(struct scan *scan, struct hit *hit)
 	return journey;
 }
 
+/* No more buffers of a page can have been taken than were queued. */
+static __always_inline bool take(struct journey *journey, struct hit *hit)
+{
+	s32 queued = journey->queued;
+
+	if (queued <= 0)
+		return false;
+	if (hit->slots > (u32)queued)
+		hit->slots = queued;
+	__sync_fetch_and_add(&journey->queued, -(s32)hit->slots);
+	return true;
+}
+
 /* Whether a page that was taken out of a slot is followed. */
 static __always_inline bool is_taken(struct scan *scan, struct hit *hit)
 {
@@ -591,15 +606,11 @@ static __always_inline bool is_taken(struct scan *scan, struct hit *hit)
 	if (gone && gone->tid == scan->tid) {
 		hit->time = gone->time;
 		gone->tid = 0;
-		return gone->journey.queued > 0;
+		return take(&gone->journey, hit);
 	}
 	journey = journeys.lookup(&head);
-	if (!journey || journey->queued <= 0)
+	if (!journey || !take(journey, hit))
 		return false;
-	if (journey->queued > (s32)hit->slots)
-		__sync_fetch_and_add(&journey->queued, -(s32)hit->slots);
-	else
-		journey->queued = 0;
 	if (journey->moved && scan->end.id == END_FUSE_DEVICE) {
 		journey->moved = 0; /* told already */
 		return false;
