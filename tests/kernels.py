@@ -35,6 +35,7 @@ _TEST_SECONDS = 400
 #: What is run: pytest's arguments.
 TESTS = (
     "tests/real/test_driver.py",
+    "tests/real/test_measured.py",
     "tests/real/test_findings.py",
     "tests/real/test_fuse.py",
     "tests/real/test_processes.py",

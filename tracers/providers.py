@@ -108,12 +108,15 @@ COPIES: tuple[Observation, ...] = (
     _of("copies into a pipe", "anon_pipe_write pipe_write", "out"),
     # fs/splice.c: vmsplice out of a pipe
     _of("copies of vmsplice", "pipe_to_user", "in"),
-    # drivers/char/mem.c, drivers/char/random.c, fs/seq_file.c, fs/kernfs/file.c
+    # drivers/char/mem.c, drivers/char/random.c, fs/seq_file.c, fs/kernfs/file.c,
+    # fs/proc/proc_sysctl.c
     Observation("bytes read from /dev/zero", ("read_zero",), "in", by_iterator=False),
     Observation("bytes spliced from /dev/zero", ("read_iter_zero",), "in", by_iterator=False),
     _of("bytes of /dev/urandom", "get_random_bytes_user", "in"),
     _of("copies out of generated files", "seq_read_iter", "in"),
     _of("copies into sysfs and cgroup files", "kernfs_fop_write_iter", "out"),
+    _of("copies out of sysctl files", "proc_sys_read", "in"),
+    _of("copies into sysctl files", "proc_sys_write", "out"),
     # mm/filemap.c, fs/iomap/buffered-io.c
     _of("copies into a page cache", "generic_perform_write", "out"),
     _of("copies into a page cache by iomap", "iomap_file_buffered_write", "out"),

@@ -156,7 +156,7 @@ def test_a_reply_copies_the_pages_that_it_does_not_move(
     mode: str, copied: int, watch: Watch, driver: Driver, ext4: Path
 ) -> None:
     server = driver.program.with_name("fuse_server")
-    run = watch.run(server, mode, "-n", PAGES, "-d", ext4)
+    run = watch.run(server, mode, "-n", PAGES, "-t", 0, "-d", ext4)
     assert run.status == 0
     replies = run.path("pipe", "fuse device", "fuse reply")
     assert sum(t.measured.get((0, "copied"), 0) for t in replies) == copied * 4096
@@ -169,7 +169,7 @@ def test_a_page_that_is_given_and_not_taken_is_refused_once(
     server = driver.program.with_name("fuse_server")
     before = {f.first["pid"] for f in watch.tracer.counters.read().findings}
     for mode, reason in (("gift", "still mapped"), ("gift-unmapped", "swap-backed")):
-        assert watch.run(server, mode, "-n", PAGES, "-d", ext4).status == 0
+        assert watch.run(server, mode, "-n", PAGES, "-t", 0, "-d", ext4).status == 0
         refused = {
             f.first["reason"]: f.count
             for f in watch.tracer.counters.read().findings
