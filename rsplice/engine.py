@@ -118,7 +118,7 @@ class Engine:
             self._attached = False
 
     def hold(self, held: bool) -> None:
-        """Keeps the probes on between traces: 5 ms less for each, 80 ns more for each call.
+        """Keeps the probes on between traces: some 20 ms less for each, 80 ns more for each call.
 
         As many hold(False) as there were hold(True) end it.
         """

@@ -22,6 +22,10 @@ from typing import Any
 import pytest
 
 from rsplice import engine, probes
+from rsplice.errors import RspliceError
+from rsplice.tracers import layout as layouts
+from rsplice.tracers import tracer as tracers
+from rsplice.tracers.btf import Btf
 
 pytestmark = pytest.mark.privileged
 
@@ -517,3 +521,26 @@ print(list(json.loads(clients[0].recv(1000))))
 """
     assert run(folder, program) == "{'error': 'too many clients'}\n['ok']\n"
     wait_until(lambda: attached(helper) == 0)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "why"),
+    [("exec", "no exec probe"), ("cred", "this kernel has no task_struct.cred")],
+)
+def test_where_owners_cannot_be_told_nobody_is_served(
+    monkeypatch: pytest.MonkeyPatch, lacking: str, why: str
+) -> None:
+    if lacking == "exec":
+        kept = [probe for probe in tracers.PROBES if probe.tracepoint != "sched_process_exec"]
+        monkeypatch.setattr(tracers, "PROBES", tuple(kept))
+    else:
+        resolve = layouts.resolve
+
+        def without_owner(btf: Btf) -> layouts.Layout:
+            layout = resolve(btf)
+            layout.missing["owner"] = why
+            return layout
+
+        monkeypatch.setattr(layouts, "resolve", without_owner)
+    with pytest.raises(RspliceError, match=why):
+        engine.Engine(owner=USER.pw_uid)

@@ -194,6 +194,9 @@ class Tracer:
         can_direct = btf.function_id("bpf_rdonly_cast") is not None
         self.direct = can_direct if direct is None else direct and can_direct
         self._program = self._start(btf, layout, follow_all)
+        if self._owner is not None and "sched_process_exec" not in self.attached:
+            self._program.close()
+            raise RspliceError("programs that run with other rights cannot be told: no exec probe")
         self._page_size = layout.constants.get("PAGE_SIZE_OF", 0)
         has_flows = "net_dev_start_xmit" in self.attached
         self.counters = Counters(
