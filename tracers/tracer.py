@@ -129,7 +129,7 @@ TAILS = (
     Tail("uring_submit_programs", 0, "tp_uring_buffers", SUBMIT, URING_COST),
     Tail("uring_submit_programs", 1, "tp_uring_compare", SUBMIT, contents.COST),
     Tail("uring_programs", 1, "tp_uring_contents", "io_uring_complete", contents.COST),
-    Tail("uring_programs", 0, "tp_walk", "io_uring_complete", layouts.FEATURES["identity"]),
+    Tail("uring_programs", 0, "tp_uring_walk", "io_uring_complete", layouts.FEATURES["identity"]),
 )
 
 

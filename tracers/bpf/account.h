@@ -19,7 +19,12 @@ struct call {
 	u32 pad;
 };
 
-BPF_TABLE("percpu_array", u32, struct call, calls, 1);
+BPF_TABLE("percpu_array", u32, struct call, calls, NR_PROGRAM_PLACES);
+
+static __always_inline struct call *call_at(u32 place)
+{
+	return calls.lookup(&place);
+}
 
 /* Makes the compiler load a call's members anew. */
 #define forget() asm volatile("" ::: "memory")

@@ -214,11 +214,6 @@ struct inspection {
 	struct facts facts;
 };
 
-/*
- * Where programs run. From 7.0 on another task's may run in between on the same CPU, as long as it
- * is not the same one (__bpf_trace_run(), kernel/trace/bpf_trace.c): each has a place of its own.
- */
-enum place_of_program { AT_ENTER, AT_EXIT, AT_END, AT_SUBMIT, AT_COMPLETE, NR_PROGRAM_PLACES };
 BPF_TABLE("percpu_array", u32, struct inspection, inspections, NR_PROGRAM_PLACES);
 
 static __always_inline struct inspection *inspection_at(u32 place)

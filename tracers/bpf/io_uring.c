@@ -157,6 +157,14 @@ int tp_uring_contents(u64 *ctx)
 }
 #endif
 
+#if HAVE_IDENTITY && IDENTITY
+int tp_uring_walk(u64 *ctx)
+{
+	finish_walk(AT_COMPLETE);
+	return 0;
+}
+#endif
+
 /* A zero-copy send's notification: the kernel's own word on what became of it. */
 static __always_inline void count_notification(struct uring_key *where, u32 usage)
 {
@@ -175,7 +183,7 @@ int tp_io_uring_complete(u64 *ctx)
 	struct uring_note *found;
 	struct uring_key where;
 	struct tally *tally;
-	u32 opcode, shape, flags, tgid, zero = 0;
+	u32 opcode, shape, flags, tgid;
 	struct key key;
 	s32 result;
 
@@ -212,7 +220,7 @@ int tp_io_uring_complete(u64 *ctx)
 	task = submitter(request);
 	tgid = read32(task + TASK_TGID);
 	process = process_of(tgid, task);
-	call = calls.lookup(&zero);
+	call = call_at(AT_COMPLETE);
 	if (!process || !call)
 		return 0;
 	call->process = process;
@@ -241,7 +249,7 @@ int tp_io_uring_complete(u64 *ctx)
 		take_copied(call, tally);
 #if HAVE_IDENTITY && IDENTITY
 	{
-		struct walk *walk = new_walk(call->bytes);
+		struct walk *walk = new_walk(AT_COMPLETE, call->bytes);
 
 		if (!walk || (shape != SHAPE_SPLICE && shape != SHAPE_TEE) ||
 		    !END_IS_PIPE(call->destination.id))

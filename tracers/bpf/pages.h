@@ -112,12 +112,11 @@ struct walk {
 	u64 folio_total; /* bytes before it */
 	struct folio folio;
 };
-BPF_TABLE("percpu_array", u32, struct walk, walks, 1);
+BPF_TABLE("percpu_array", u32, struct walk, walks, NR_PROGRAM_PLACES);
 
-static __always_inline struct walk *new_walk(u64 bytes)
+static __always_inline struct walk *new_walk(u32 place, u64 bytes)
 {
-	u32 zero = 0;
-	struct walk *walk = walks.lookup(&zero);
+	struct walk *walk = walks.lookup(&place);
 
 	if (!walk)
 		return 0;

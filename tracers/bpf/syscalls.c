@@ -107,8 +107,8 @@ BPF_PROG_ARRAY(exit_programs, 6);
 int tp_messages(u64 *ctx)
 {
 	u64 regs = tracepoint_arg(ctx, 0), vector = read64(regs + REGS_ARG1), total = 0, failed = 0;
-	u32 zero = 0, i;
-	struct call *call = calls.lookup(&zero);
+	u32 i;
+	struct call *call = call_at(AT_EXIT);
 	u64 count;
 
 	if (!call)
@@ -477,7 +477,7 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 
 	if (!is_compared(call, shape))
 		return;
-	walk = new_walk(call->bytes);
+	walk = new_walk(AT_EXIT, call->bytes);
 	if (!walk)
 		return;
 	note_lent(call);
@@ -491,21 +491,25 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 	exit_programs.call(ctx, PROGRAM_WALK);
 }
 
-/* Walks the ring that a program before it prepared. For sys_exit and for io_uring_complete. */
-int tp_walk(u64 *ctx)
+/* Walks the ring that a program before it prepared. */
+static __always_inline void finish_walk(u32 place)
 {
-	u32 zero = 0;
-	struct walk *walk = walks.lookup(&zero);
-	struct call *call = calls.lookup(&zero);
+	struct walk *walk = walks.lookup(&place);
+	struct call *call = call_at(place);
 	struct tally *tally;
 
 	if (!walk || !call)
-		return 0;
+		return;
 	tally = tally_at(call->place);
 	if (!tally)
-		return 0;
+		return;
 	walk_ring(walk);
 	apply(walk, call, tally);
+}
+
+int tp_walk(u64 *ctx)
+{
+	finish_walk(AT_EXIT);
 	return 0;
 }
 #endif /* HAVE_IDENTITY && IDENTITY */
@@ -678,7 +682,7 @@ static __always_inline void take_received(struct call *call, struct tally *tally
 int tp_sys_exit(u64 *ctx)
 {
 	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, process, messages;
-	u32 index = nr & (TABLE_SIZE - 1), entry, shape, zero = 0;
+	u32 index = nr & (TABLE_SIZE - 1), entry, shape;
 	s64 ret = tracepoint_arg(ctx, 1);
 	struct tally *tally;
 	struct call *call;
@@ -687,7 +691,7 @@ int tp_sys_exit(u64 *ctx)
 
 #if MEASURED
 	/* Whatever the call is; but once, where tp_messages comes back. */
-	call = calls.lookup(&zero);
+	call = call_at(AT_EXIT);
 	if (call && !call->messages)
 		end_copies(current_process());
 #endif
@@ -698,7 +702,7 @@ int tp_sys_exit(u64 *ctx)
 	process = process_of_task(task);
 	if (!process)
 		return 0;
-	call = calls.lookup(&zero);
+	call = call_at(AT_EXIT);
 	if (!call)
 		return 0;
 	call->process = process;
