@@ -700,8 +700,8 @@ def test_a_kernels_results_are_held_against_what_it_can_show() -> None:
         "6.12: tests/test_x.py::test_one[b]: missing: the guest ended before it",
         "6.12: tests/test_x.py::test_late: failed: why",
     ]
-    assert kernels.Outcome("6.1", status=125).problems() == [
-        "6.1: no test was run (exit status 125)"
+    assert kernels.Outcome("6.1", status=125, last_words="rsplice: no QEMU").problems() == [
+        "6.1: no test was run (exit status 125): rsplice: no QEMU"
     ]
 
 
