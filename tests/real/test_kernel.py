@@ -133,3 +133,24 @@ def test_a_killed_rsplice_leaves_no_qemu(kernel: cache.Kernel, tmp_path: Path) -
     while Path(f"/proc/{qemu}").exists():
         assert time.monotonic() < deadline, "QEMU outlives rsplice"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.privileged
+def test_live_shows_a_guest(kernel: cache.Kernel, tmp_path: Path) -> None:
+    script = "echo kept; dd if=/dev/zero of=/dev/null bs=4096 count=23 2>/dev/null; sleep 1; exit 7"
+    command = ("live", "--kernel", SERIES, "--interval", "0.3", "--", "sh", "-c", script)
+    run = subprocess.run(
+        [*RSPLICE, *command],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=BOOT,
+    )
+    assert run.returncode == 7, run.stderr
+    report = run.stdout.rindex("rsplice: sh -c")
+    assert "kept\n" in run.stdout[:report]
+    assert f"{kernel.release} in a VM" in " ".join(run.stdout[report:].split())
+    assert re.search(r"/dev/zero -> user memory via read +23 92\.0 KiB", run.stdout[report:])
