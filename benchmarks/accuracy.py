@@ -69,6 +69,7 @@ WORKLOADS = (
     Workload("gzip", "gzip -1 -c big >out"),
     Workload("rsync", "rsync -W --ignore-times big small into/"),
     Workload("sort", "sort small >out"),
+    Workload("cat sysctl", "cat /proc/sys/kernel/osrelease >/dev/null"),
     # Files.
     *(_driver(f"{via} -f {end}") for via in ("read", "preadv2") for end in ("file", "memfd")),
     *(_driver(f"{via} -t {end}") for via in ("write", "pwritev2") for end in ("file", "memfd")),
