@@ -35,7 +35,8 @@ _TEST_SECONDS = 400
 #: What is run: pytest's arguments.
 TESTS = ("tests/real/test_driver.py", "tests/real/test_measured.py")
 #: The same again with slower memory reads, which every kernel has: once is enough.
-_LEFT_OUT = "not probe"
+#: And replies of the FUSE server, whose own time limit an emulated CPU may not meet.
+_LEFT_OUT = "not probe and not reply_copies"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _environment() -> dict[str, str]:
 def _run(series: str, tests: tuple[str, ...]) -> Outcome:
     """The tests on one kernel. What pytest prints goes to build/kernels/SERIES.log."""
     script = (
-        'exec 3>&1 1>&2; echo "$(uname -r)" >&3; modprobe -a loop btrfs xfs; '
+        'exec 3>&1 1>&2; echo "$(uname -r)" >&3; modprobe -a loop btrfs xfs fuse; '
         'RSPLICE_TEST_RESULTS=/dev/fd/3 exec "$@"'
     )
     pytest = [sys.executable, "-m", "pytest", "-p", "tests.support.results", *_options()]
