@@ -45,7 +45,7 @@ def test_it_ends_as_is_shown(tmp_path: Path, block: int, status: int) -> None:
     shown = outputs[block - 1]
     extra = dict(re.findall(r"\b([A-Z]+)=(\w+)", shown.splitlines()[0]))
     assert extra == ({"SENDFILE": "off"} if status else {})
-    # With CI set pytest cuts no line of its summary short; what other runs left is not its business.
+    # With CI set pytest cuts no line of its summary short. What other runs left is no warning's.
     usual = {name: value for name, value in environment().items() if name != "CI"}
     usual["PYTEST_DEBUG_TEMPROOT"] = str(tmp_path)
     done = subprocess.run(
