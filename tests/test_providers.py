@@ -178,3 +178,18 @@ def test_bytes_by_leg_are_neither_lost_nor_made(sides: tuple[int, int]) -> None:
 def test_each_half_of_a_sendfile_has_what_was_copied_on_its_side() -> None:
     assert copies.by_leg((7, 11), two_legs=True) == {0: 7, 1: 11}
     assert copies.by_leg((7, 11), two_legs=False) == {0: 18}
+
+
+@given(st.integers(0, 1 << 20), st.integers(0, 1 << 20), st.integers(0, 1 << 20))
+def test_a_copy_that_was_counted_and_seen_is_one(counted: int, seen: int, moved: int) -> None:
+    measured = {(0, "copied"): counted}
+    identity = {(0, "copied"): seen, (0, "moved"): moved}
+    copies.once(measured, identity)
+    assert measured[0, "copied"] + identity[0, "copied"] == max(counted, seen)
+    assert identity[0, "moved"] == moved
+
+
+def test_copies_of_the_other_leg_are_not_touched() -> None:
+    identity = {(1, "copied"): 101}
+    copies.once({(0, "copied"): 101}, identity)
+    assert identity == {(1, "copied"): 101}

@@ -74,6 +74,16 @@ def by_leg(sides: tuple[int, int], two_legs: bool) -> dict[int, int]:
     return {leg: nbytes for leg, nbytes in legs.items() if nbytes}
 
 
+def once(measured: dict[tuple[int, str], int], identity: dict[tuple[int, str], int]) -> None:
+    """Takes out of *identity* what *measured* has: bytes that were counted as they were copied.
+
+    Both are bytes by leg and disposition. The pages at both ends tell of the same copies.
+    """
+    for key, count in measured.items():
+        if key in identity:
+            identity[key] -= min(count, identity[key])
+
+
 def _sum(values: list[bytes]) -> tuple[int, int]:
     """Adds up the values of all CPUs."""
     pairs = [_SIDES.unpack(value) for value in values]

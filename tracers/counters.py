@@ -13,7 +13,7 @@ from rsplice.errors import RspliceError
 from rsplice.events import MARKS, Mark, ProcessSeen, Tally
 from rsplice.rules import TWO_LEGS
 from rsplice.tracers import operations, usdt
-from rsplice.tracers.copies import Copied, Copies, by_leg
+from rsplice.tracers.copies import Copied, Copies, by_leg, once
 from rsplice.tracers.findings import Findings, Process
 from rsplice.tracers.kinds import is_filesystem, kind_name
 from rsplice.tracers.program import Map, Program
@@ -412,6 +412,7 @@ class Counters:
         extra = {leg: count - nbytes for leg, count in counted.items() if count > nbytes}
         by_kernel = zip(("copied", "shared"), said, strict=True)
         declared = {(0, disposition): count for disposition, count in by_kernel if count}
+        once(measured, identity)
         _clamp(nbytes, measured, identity, declared)
         return Tally(
             process,
