@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -157,10 +158,11 @@ def talk(folder: Path, *cases: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 def attached(helper: subprocess.Popen[str]) -> int:
     """How many probes a helper has attached."""
-    files = Path(f"/proc/{helper.pid}/fd").iterdir()
-    return sum(
-        "bpf_link" in os.readlink(file) or "bpf-raw-tp" in os.readlink(file) for file in files
-    )
+    names = []
+    for file in Path(f"/proc/{helper.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            names.append(os.readlink(file))
+    return sum("bpf_link" in name or "bpf-raw-tp" in name for name in names)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
