@@ -511,7 +511,10 @@ def test_an_unknown_version_is_one_line(kept: Path, capsys: pytest.CaptureFixtur
         (["kernel", "fetch", "./missing"], "no such file"),
         (["kernel", "fetch", "missing.deb"], "no such file"),
         (["kernel", "fetch", "--modules", "/missing", "/etc/passwd"], "no such directory"),
-        (["kernel", "fetch", "/etc/passwd"], "not a bzImage"),
+        (
+            ["kernel", "fetch", "/etc/passwd"],
+            "/etc/passwd: the kernel image is not a bzImage: give",
+        ),
         (["audit", "--kernel", "6.12", "-p", "1"], "--kernel runs a command"),
         (["audit", "--kernel", "6.12", "--all"], "--kernel runs a command"),
         (["audit", "--kernel", "6.12"], "--kernel runs a command"),

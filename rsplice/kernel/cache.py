@@ -114,19 +114,14 @@ def fetch(version: str, say: Say) -> Kernel:
             f"no kernel {version} here, and the versions that can be fetched are {known} "
             "(others: rsplice kernel fetch FILE.deb)"
         )
-    problems = []
-    for suite in SUITES[version]:
-        try:
-            with tempfile.TemporaryDirectory(prefix="rsplice-apt-") as scratch:
-                return _download(version, suite, Path(scratch), say)
-        except Unavailable as problem:
-            problems.append(f"{suite}: {problem}")
-    raise Unavailable(f"kernel {version} cannot be fetched: {'; '.join(problems)}")
+    say(f"looking for Linux {version} in Debian")
+    try:
+        return debian.from_suites(version, lambda apt: _download(apt, version, say))
+    except Unavailable as problem:
+        raise Unavailable(f"kernel {version} cannot be fetched: {problem}") from None
 
 
-def _download(series: str, suite: str, scratch: Path, say: Say) -> Kernel:
-    say(f"looking for Linux {series} in Debian's {suite}")
-    apt = Apt(suite, scratch)
+def _download(apt: Apt, series: str, say: Say) -> Kernel:
     packages = apt.kernels(series)
     if not packages:
         raise Unavailable(f"no kernel {series}")
@@ -163,7 +158,7 @@ def add_image(file: Path, modules: Path | None, say: Say) -> Kernel:
 
     :raises RspliceError: it is no kernel, or the modules are those of another
     """
-    with _under_construction() as place:
+    with _under_construction() as place, _named(file):
         shutil.copyfile(file, place / "vmlinuz")
         if modules:
             release = image.release((place / "vmlinuz").read_bytes())
@@ -173,6 +168,17 @@ def add_image(file: Path, modules: Path | None, say: Say) -> Kernel:
             skip = shutil.ignore_patterns("build", "source")
             shutil.copytree(modules, place / "lib/modules" / release, ignore=skip, symlinks=True)
         return _finish(place, str(file.resolve()), say)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Has the message about an image that cannot be read name its file."""
+    try:
+        yield
+    except image.BadImage as problem:
+        raise RspliceError(
+            f"{file}: {problem}: give a kernel's .deb, its vmlinuz or its vmlinux"
+        ) from None
 
 
 def _module_file(path: PurePosixPath) -> str | None:

@@ -11,12 +11,15 @@ import os
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TypeVar
 from urllib.parse import urlsplit
 
 from rsplice.errors import RspliceError
+
+T = TypeVar("T")
 
 #: Kernel series -> the Debian suites that carry it; the first has the smallest index.
 SUITES: dict[str, tuple[str, ...]] = {
@@ -36,6 +39,22 @@ _COMMAND_SECONDS = 100
 
 class Unavailable(RspliceError):
     """A kernel that cannot be had here; the message says why."""
+
+
+def from_suites(series: str, take: Callable[[Apt], T]) -> T:
+    """What *take* makes of the first of a series' suites from which it can take its kernel.
+
+    :param take: is given apt in a scratch directory that is gone afterwards
+    :raises Unavailable: from none; the message has the reason of each
+    """
+    problems = []
+    for suite in SUITES[series]:
+        try:
+            with tempfile.TemporaryDirectory(prefix="rsplice-apt-") as scratch:
+                return take(Apt(suite, Path(scratch)))
+        except RspliceError as problem:
+            problems.append(f"{suite}: {problem}")
+    raise Unavailable("; ".join(problems))
 
 
 class Apt:

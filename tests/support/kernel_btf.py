@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from rsplice import caches
 from rsplice.errors import RspliceError
 from rsplice.kernel import image
-from rsplice.kernel.debian import SUITES, Apt, Unavailable, members, natural
+from rsplice.kernel.debian import SUITES, Apt, Unavailable, from_suites, members, natural
 from rsplice.kernel.image import elf_section
 
 __all__ = ["SUITES", "KernelBtf", "Unavailable", "fetch", "fetch_all"]
@@ -67,14 +66,7 @@ def fetch(series: str) -> KernelBtf:
     if cached:
         return cached
     cache.mkdir(parents=True, exist_ok=True)
-    problems = []
-    for suite in SUITES[series]:
-        try:
-            with tempfile.TemporaryDirectory(prefix="rsplice-apt-") as scratch:
-                return _download(series, suite, Path(scratch), cache)
-        except RspliceError as problem:
-            problems.append(f"{suite}: {problem}")
-    raise Unavailable("; ".join(problems))
+    return from_suites(series, lambda apt: _download(apt, series, cache))
 
 
 def _cached(cache: Path, series: str) -> KernelBtf | None:
@@ -86,9 +78,8 @@ def _cached(cache: Path, series: str) -> KernelBtf | None:
     return KernelBtf(vmlinux.name.removeprefix("btf-"), vmlinux, fuse if fuse.exists() else None)
 
 
-def _download(series: str, suite: str, scratch: Path, cache: Path) -> KernelBtf:
-    """Downloads the package of one kernel into *scratch*, puts its BTF into *cache*."""
-    apt = Apt(suite, scratch)
+def _download(apt: Apt, series: str, cache: Path) -> KernelBtf:
+    """Downloads the package of one kernel, puts its BTF into *cache*."""
     packages = apt.kernels(series)
     if not packages:
         raise Unavailable(f"no kernel {series}")
