@@ -167,10 +167,24 @@ def test_make_test_runs_each_test_module() -> None:
 
 @needs_git
 def test_each_source_file_names_its_licence_first() -> None:
-    sources = [path for path in project_files() if is_code(path)]
-    assert ROOT / "Makefile" in sources
+    pages = [path for path in project_files() if path.match("docs/*.md")]
+    sources = [path for path in project_files() if is_code(path)] + pages
+    assert {ROOT / "Makefile", ROOT / "docs/metrics.md"} <= set(sources)
     wrong = {str(p.relative_to(ROOT)): spdx_of(p) for p in sources if spdx_of(p) != licence_of(p)}
     assert wrong == {}
+
+
+@needs_git
+def test_recordings_and_pages_name_no_working_directory() -> None:
+    """Paths below /tmp are those of the workload's own scratch directory."""
+    texts = [path for path in project_files() if path.suffix in (".jsonl", ".md", ".svg")]
+    assert ROOT / "dashboards/demo.jsonl" in texts
+    found = {
+        (path.name, place)
+        for path in texts
+        for place in re.findall(r'"(/[^"]*)/rsplice/_\w+\.abi3\.so"', path.read_text())
+    }
+    assert found == {("demo.jsonl", "/usr/lib")}
 
 
 def test_the_licence_check_tells_a_missing_line(tmp_path: Path) -> None:
