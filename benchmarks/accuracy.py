@@ -4,7 +4,8 @@
 Every workload is traced both ways at once: what rsplice tells from calls, file types and pages,
 and what was counted where the kernel copies. It needs a kernel with fentry or kprobes, such as
 that of a distribution: `rsplice kernel run 6.12 -- python -m benchmarks.accuracy`. The scratch
-files lie under TMPDIR, which should be on ext4.
+files lie under TMPDIR, which should be on ext4. `--across FILE...` makes one table of what
+`--json` wrote on several kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,7 +40,7 @@ class Workload:
     """A command to trace.
 
     :param command: for a shell; {driver} and {server} are the test drivers, {rsplice} is the
-        command, {directory} is scratch
+        command, {python} the interpreter, {directory} is scratch, {btrfs} and {xfs} are mounted
     :param target: the largest difference that is right, as a share of the copied bytes
     """
 
@@ -47,13 +49,51 @@ class Workload:
     target: float = 0.0
 
 
-def _driver(arguments: str, target: float = 0.0) -> Workload:
-    return Workload(arguments, f"{{driver}} {arguments} -n 23 -d {{directory}} -o own", target)
+def _driver(arguments: str, target: float = 0.0, where: str = "") -> Workload:
+    command = f"{{driver}} {arguments} -n 23 -d {{{where or 'directory'}}} -o own"
+    return Workload(f"{where} {arguments}".strip(), command, target)
 
 
 def _server(mode: str) -> Workload:
     return Workload(f"fuse server {mode}", f"{{server}} {mode} -n 64 -t 101 -d {{directory}}")
 
+
+def _served(name: str, server: str, port: int) -> Workload:
+    """A file fetched from a server, which is ended then."""
+    command = (
+        f"{server} 2>server.err & trap 'kill $! 2>/dev/null; wait' EXIT; n=0; "
+        f"until curl -fsS -o out http://127.0.0.1:{port}/big 2>curl.err; "
+        "do n=$((n + 1)); test $n -lt 300 || exit 1; sleep 0.1; done; "
+        "cmp big out"
+    )
+    return Workload(f"{name} | curl, tcp", command, TCP_TARGET)
+
+
+def _fio(engine: str) -> Workload:
+    job = (
+        f"fio --name=it --filename=data --size=1M --bs=16K --rw=rw --randseed=7 --ioengine={engine}"
+    )
+    return Workload(f"fio {engine}", f"{job} --output=fio.out")
+
+
+def _on(filesystem: str) -> tuple[Workload, ...]:
+    """What is done with files of another file system than the scratch directory's."""
+    copy = f"{{{filesystem}}}/copy"
+    calls = (
+        "read -f file", "write -t file", "read -f direct", "write -t direct",
+        "sendfile -f file -t file", "copy_file_range -f file -t file",
+        "splice -f file -t pipe", "splice -f pipe -t file",
+    )  # fmt: skip
+    return (
+        Workload(
+            f"{filesystem} cp, cat", f"cp --reflink=never big {copy} && cat {copy} >/dev/null"
+        ),
+        Workload(f"{filesystem} cp --reflink", f"cp --reflink=always {copy} {copy}-2"),
+        *(_driver(call, where=filesystem) for call in calls),
+    )
+
+
+FILESYSTEMS = ("btrfs", "xfs")
 
 WORKLOADS = (
     # Programs.
@@ -70,6 +110,18 @@ WORKLOADS = (
     Workload("rsync", "rsync -W --ignore-times big small into/"),
     Workload("sort", "sort small >out"),
     Workload("cat sysctl", "cat /proc/sys/kernel/osrelease >/dev/null"),
+    *map(_fio, ("psync", "pvsync2", "mmap", "splice", "libaio", "io_uring")),
+    _served("nginx sendfile", "nginx -e {directory}/nginx.err -c {directory}/sendfile.conf", 23831),
+    _served("nginx", "nginx -e {directory}/nginx.err -c {directory}/read.conf", 23833),
+    _served("http.server", "{python} -m http.server --bind 127.0.0.1 23837 >/dev/null", 23837),
+    Workload(
+        "socat, tcp",
+        "socat -u FILE:big TCP-LISTEN:23839,bind=127.0.0.1,reuseaddr & "
+        "trap 'kill $! 2>/dev/null; wait' EXIT; "
+        "socat -u TCP:127.0.0.1:23839,retry=100,interval=0.1 CREATE:out && cmp big out",
+        TCP_TARGET,
+    ),
+    Workload("socat, unix", "socat -u FILE:big EXEC:'cat' >out && cmp big out"),
     # Files.
     *(_driver(f"{via} -f {end}") for via in ("read", "preadv2") for end in ("file", "memfd")),
     *(_driver(f"{via} -t {end}") for via in ("write", "pwritev2") for end in ("file", "memfd")),
@@ -116,6 +168,8 @@ WORKLOADS = (
     _driver("io_uring-send_zc -t tcp", TCP_TARGET),
     _driver("io_uring-recv -f tcp", TCP_TARGET),
     _driver("process_vm_readv"),
+    # Other file systems.
+    *(workload for each in FILESYSTEMS for workload in _on(each)),
     # FUSE servers.
     *map(_server, ("splice", "splice-copy", "write", "splice-mapped", "direct-io", "halves")),
     # Built-in workloads.
@@ -168,6 +222,49 @@ class Comparison:
             if row.difference is not None
         )
 
+    @property
+    def cell(self) -> str:
+        """Of a table: the bytes measured on all paths that are told of, and what differs."""
+        known = [row for row in self.rows if row.difference is not None]
+        measured = sum(row.measured for row in known)
+        difference = measured - sum(row.told for row in known)
+        if self.error:
+            return escaped(self.error)
+        return f"{measured} ({difference:+})" if difference else f"{measured}"
+
+    @property
+    def evidence(self) -> set[str]:
+        """How what is told is known."""
+        return {row.evidence for row in self.rows if row.difference is not None and row.payload}
+
+
+@dataclass
+class Results:
+    """One run on one kernel.
+
+    :param measured_at: where copies were counted
+    """
+
+    release: str
+    measured_at: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    def named(self, workload: str) -> Comparison | None:
+        return next((each for each in self.comparisons if each.workload == workload), None)
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def parse(text: str) -> Results:
+        """Out of what text() gave."""
+        found = Results(**json.loads(text))
+        found.comparisons = [Comparison(**each) for each in found.comparisons]  # type: ignore[arg-type]
+        for each in found.comparisons:
+            each.rows = [Row(**row) for row in each.rows]  # type: ignore[arg-type]
+        return found
+
 
 def compare(told: Iterable[Tally], measured: Iterable[Tally], kernel: Version) -> list[Row]:
     """The paths as an audit tells of them without measuring, beside what was counted."""
@@ -192,23 +289,6 @@ def compare(told: Iterable[Tally], measured: Iterable[Tally], kernel: Version) -
     ]
 
 
-def summary(comparisons: Iterable[Comparison]) -> str:
-    """A Markdown table with one row for each workload: all its paths that are told of, in bytes."""
-    rows = [
-        "| workload | payload | told | measured | difference | told by |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for each in comparisons:
-        known = [row for row in each.rows if row.difference is not None]
-        told, measured = sum(row.told for row in known), sum(row.measured for row in known)
-        by = sorted({row.evidence for row in known if row.payload})
-        rows.append(
-            f"| {escaped(each.workload)} | {sum(row.payload for row in known)} | {told} "
-            f"| {measured} | {measured - told} | {', '.join(by)} |"
-        )
-    return "\n".join(rows) + "\n"
-
-
 def escaped(text: str) -> str:
     """For a cell of a Markdown table."""
     return text.replace("|", "\\|")
@@ -219,11 +299,14 @@ class Run:
 
     def __init__(self, drivers: Path, directory: Path) -> None:
         self.tracer = Tracer()
+        python = shlex.quote(sys.executable)
         self._words = {
             "driver": drivers / "driver",
             "server": drivers / "fuse_server",
-            "rsplice": f"{shlex.quote(sys.executable)} -m rsplice",
+            "rsplice": f"{python} -m rsplice",
+            "python": python,
             "directory": directory,
+            **{each: directory / each for each in FILESYSTEMS},
         }
         self._directory = directory
         self._known: set[int] = set()
@@ -234,7 +317,7 @@ class Run:
         found = Comparison(workload.name, workload.target)
         command = workload.command.format(**self._words)
         with open(self._directory / "output", "w+b") as output:
-            shell = ["/bin/sh", "-c", f"cd {shlex.quote(str(self._directory))} && {command}"]
+            shell = ["/bin/sh", "-c", f"cd {shlex.quote(str(self._directory))} || exit; {command}"]
             child = Command(shell, output=output.fileno())
             self.tracer.follow(child.pid)
             child.release()
@@ -262,11 +345,63 @@ class Run:
         return found
 
 
+_NGINX = """\
+daemon off;
+master_process off;
+pid {directory}/nginx.pid;
+events {{ worker_connections 64; }}
+http {{
+    access_log off;
+    sendfile {sendfile};
+    client_body_temp_path {directory}/nginx;
+    proxy_temp_path {directory}/nginx;
+    fastcgi_temp_path {directory}/nginx;
+    uwsgi_temp_path {directory}/nginx;
+    scgi_temp_path {directory}/nginx;
+    server {{ listen 127.0.0.1:{port}; root {directory}; }}
+}}
+"""
+
+
 def prepare(directory: Path) -> None:
     """The files that the workloads read."""
     (directory / "into").mkdir()
     (directory / "big").write_bytes(bytes(range(251)) * 12289)
     (directory / "small").write_text("".join(f"{n * 7919 % 10007}\n" for n in range(4001)))
+    for name, sendfile, port in (("sendfile", "on", 23831), ("read", "off", 23833)):
+        text = _NGINX.format(directory=directory, sendfile=sendfile, port=port)
+        (directory / f"{name}.conf").write_text(text)
+
+
+@contextmanager
+def mounted(filesystem: str, directory: Path) -> Iterator[str]:
+    """*filesystem* on a disk of its own below *directory*; gives why not, "" if it is there."""
+    image, place = directory / f"{filesystem}.image", directory / filesystem
+    place.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(512 << 20)
+    why_not = _why_not(f"mkfs.{filesystem}", "-q", image) or _why_not(
+        "mount", "-t", filesystem, "-o", "loop", image, place
+    )
+    try:
+        yield why_not
+    finally:
+        if not why_not:
+            subprocess.run(("umount", place), check=True)
+
+
+def _why_not(*command: str | Path) -> str:
+    """Runs a command; the last line that it prints if it fails, else ""."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"{command[0]} failed"])[-1]
 
 
 HEADING = (
@@ -292,50 +427,81 @@ def lines(comparison: Comparison) -> str:
     return "\n".join(rows)
 
 
+def across(runs: Sequence[Results]) -> str:
+    """A Markdown table of several kernels: a row for each workload, what was measured of it.
+
+    Behind it stands by how much that differs from what was told, if it does.
+    """
+    series = [run.release.split("-")[0].split("+")[0] for run in runs]
+    rows = [
+        f"| workload | {' | '.join(series)} | told by |",
+        f"| --- |{' ---: |' * len(runs)} --- |",
+    ]
+    names = dict.fromkeys(each.workload for run in runs for each in run.comparisons)
+    for name in names:
+        found = [run.named(name) for run in runs]
+        cells = [each.cell if each else "-" for each in found]
+        by = sorted({word for each in found if each for word in each.evidence})
+        rows.append(f"| {escaped(name)} | {' | '.join(cells)} | {', '.join(by)} |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> int:
     """0 if all is within the targets, 1 if not, 2 if nothing can be measured here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--drivers", type=Path, help="where the test drivers are built")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, too")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="write a row per workload")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write it as JSON, too; -: that, and the rest on errors"
+    )
     parser.add_argument("--only", default="", help="workloads whose name has this in it")
+    parser.add_argument("--across", nargs="+", type=Path, metavar="FILE", help="make a table")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rsplice-accuracy-") as name:
-        directory = Path(name)
-        drivers = options.drivers or directory / "drivers"
+    if options.across:
+        print(across([Results.parse(path.read_text()) for path in options.across]), end="")
+        return 0
+    words = sys.stderr if options.json == "-" else sys.stdout
+    with ExitStack() as stack:
+        prefix = "rsplice-accuracy-"
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+        drivers = (options.drivers or directory / "drivers").resolve()
         if not options.drivers:
             make = ["make", "-s", "-C", str(ROOT / "tests/drivers"), f"BUILD={drivers}"]
             subprocess.run(make, check=True)
         prepare(directory)
-        found: list[Comparison] = []
+        # Where these are modules they have to be there before the probes.
+        _why_not("modprobe", "fuse")
+        left_out = {
+            fs: why for fs in FILESYSTEMS if (why := stack.enter_context(mounted(fs, directory)))
+        }
         try:
             run = Run(drivers, directory)
         except RspliceError as error:
             print(f"accuracy: {error}", file=sys.stderr)
             return 2
-        try:
-            if not run.tracer.measures:
-                print("accuracy: this kernel lets nothing be measured", file=sys.stderr)
-                return 2
-            measured_at = ", ".join(run.tracer.measured_at)
-            print(f"Linux {os.uname().release}, measured at: {measured_at}")
-            for missing in run.tracer.missing:
-                print(f"missing: {missing.probe}: {missing.reason}")
-            print(f"\n{HEADING}")
-            for workload in WORKLOADS:
-                if options.only in workload.name:
-                    found.append(run.compare(workload))
-                    print(lines(found[-1]), flush=True)
-        finally:
-            run.tracer.close()
-    if options.summary:
-        options.summary.write_text(summary(found))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in found], indent=1))
-    failed = [each.workload for each in found if not each.holds]
-    print(f"\n{len(found) - len(failed)} of {len(found)} within target")
+        stack.callback(run.tracer.close)
+        if not run.tracer.measures:
+            print("accuracy: this kernel lets nothing be measured", file=sys.stderr)
+            return 2
+        found = Results(os.uname().release, run.tracer.measured_at)
+        print(f"Linux {found.release}, measured at: {', '.join(found.measured_at)}", file=words)
+        for missing in run.tracer.missing:
+            print(f"missing: {missing.probe}: {missing.reason}", file=words)
+        for filesystem, why in left_out.items():
+            print(f"left out: {filesystem}: {why}", file=words)
+        print(f"\n{HEADING}", file=words)
+        for workload in WORKLOADS:
+            if options.only in workload.name and workload.name.split()[0] not in left_out:
+                found.comparisons.append(run.compare(workload))
+                print(lines(found.comparisons[-1]), file=words, flush=True)
+    if options.json == "-":
+        print(found.text())
+    elif options.json:
+        Path(options.json).write_text(found.text())
+    failed = [each.workload for each in found.comparisons if not each.holds]
+    count = len(found.comparisons)
+    print(f"\n{count - len(failed)} of {count} within target", file=words)
     for each in failed:
-        print(f"not: {each}")
+        print(f"not: {each}", file=words)
     return 1 if failed else 0
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.accuracy import TCP_TARGET, WORKLOADS, Comparison, compare, lines, summary
+from benchmarks.accuracy import (
+    FILESYSTEMS,
+    TCP_TARGET,
+    WORKLOADS,
+    Comparison,
+    Results,
+    across,
+    compare,
+    lines,
+)
 from rsplice.audit import Endpoint
 from rsplice.events import Tally
 
@@ -43,11 +52,19 @@ def test_what_is_unknown_without_measuring_is_shown_and_compared_with_nothing() 
     assert f"0 + {N} unknown" in lines(comparison)
 
 
-def test_a_summary_adds_up_what_is_told_of_and_leaves_out_the_rest() -> None:
+def test_kernels_stand_side_by_side_with_what_is_told_of_and_what_differs() -> None:
     unseen = replace(READ, source=Endpoint("9p"))
     rows = compare([READ, unseen], [replace(READ, measured={(0, "copied"): N}), unseen], KERNEL)
-    text = summary([Comparison("a | b", 0.0, rows)])
-    assert f"| a \\| b | {N} | {N} | {N} | 0 | inferred |" in text
+    newer = Results("7.3.4+deb13-amd64", ["fexit x"], [Comparison("a | b", 0.0, rows)])
+    older = Results("6.1.0-56-amd64", [], [compared(N - 1), Comparison("c", 0.0, error="no | c")])
+    assert Results.parse(newer.text()) == newer
+    assert across([older, newer]).splitlines() == [
+        "| workload | 6.1.0 | 7.3.4 | told by |",
+        "| --- | ---: | ---: | --- |",
+        f"| read | {N - 1} (-1) | - | inferred |",
+        "| c | no \\| c | - |  |",
+        f"| a \\| b | - | {N} | inferred |",
+    ]
 
 
 def test_a_workload_that_fails_does_not_hold() -> None:
@@ -62,3 +79,10 @@ def test_only_what_travels_as_packets_may_differ() -> None:
     assert len({workload.name for workload in WORKLOADS}) == len(WORKLOADS)
     for workload in WORKLOADS:
         assert workload.target == 0 or "tcp" in workload.name or "serve" in workload.name
+
+
+def test_what_is_left_out_without_a_file_system_is_what_needs_it() -> None:
+    for each in FILESYSTEMS:
+        needing = [w for w in WORKLOADS if f"{{{each}}}" in w.command]
+        assert len(needing) >= 10
+        assert needing == [w for w in WORKLOADS if w.name.split()[0] == each]

@@ -108,6 +108,10 @@ COPIES: tuple[Observation, ...] = (
     _of("copies into a pipe", "anon_pipe_write pipe_write", "out"),
     # fs/splice.c: vmsplice out of a pipe
     _of("copies of vmsplice", "pipe_to_user", "in"),
+    # fs/eventfd.c, fs/timerfd.c (timerfd_read_iter since 6.10)
+    _of("counts read from eventfds", "eventfd_read", "in"),
+    _of("expirations of timers", "timerfd_read_iter timerfd_read", "in"),
+    Observation("counts added to eventfds", ("eventfd_write",), "out", by_iterator=False),
     # drivers/char/mem.c, drivers/char/random.c, fs/seq_file.c, fs/kernfs/file.c,
     # fs/proc/proc_sysctl.c
     Observation("bytes read from /dev/zero", ("read_zero",), "in", by_iterator=False),

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
 from urllib.parse import urlsplit
@@ -60,18 +60,23 @@ def from_suites(series: str, take: Callable[[Apt], T]) -> T:
 class Apt:
     """apt with one suite of Debian, and a state of its own in *scratch*.
 
+    :param whole: with the release that the suite adds to, too: all that its packages depend on
     :raises Unavailable: apt, the keyring or the mirror is missing, or does not answer
     """
 
-    def __init__(self, suite: str, scratch: Path) -> None:
+    def __init__(self, suite: str, scratch: Path, *, whole: bool = False) -> None:
         if not _KEYRING.exists():
             raise Unavailable(f"no {_KEYRING}: install debian-archive-keyring")
         self._scratch = scratch
         for directory in ("state/lists/partial", "cache/archives/partial"):
             (scratch / directory).mkdir(parents=True)
         (scratch / "status").touch()
-        source = f"deb [arch=amd64 signed-by={_KEYRING}] {_mirror(suite)} {suite} main\n"
-        (scratch / "sources.list").write_text(source)
+        suites = dict.fromkeys((suite, suite.partition("-")[0]) if whole else (suite,))
+        sources = "".join(
+            f"deb [arch=amd64 signed-by={_KEYRING}] {_mirror(each)} {each} main\n"
+            for each in suites
+        )
+        (scratch / "sources.list").write_text(sources)
         (scratch / "apt.conf").write_text(_configuration(scratch))
         self._run("apt-get", "-q", "update", "--error-on=any")
         self._names = [
@@ -97,6 +102,12 @@ class Apt:
         self._run("apt-get", "-q", "download", package)
         (new,) = set(self._scratch.glob("*.deb")) - before
         return new
+
+    def download_all(self, packages: Sequence[str]) -> list[Path]:
+        """The packages and all that they depend on, as files, verified."""
+        options = ("-q", "-y", "--no-install-recommends", "--download-only")
+        self._run("apt-get", *options, "install", *packages)
+        return sorted((self._scratch / "cache/archives").glob("*.deb"))
 
     def _run(self, *command: str) -> str:
         environment = {**os.environ, "APT_CONFIG": str(self._scratch / "apt.conf"), "LC_ALL": "C"}

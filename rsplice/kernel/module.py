@@ -2,15 +2,17 @@
 """python -m rsplice.kernel.module [RELEASE]: builds the module rsplice_copies for a Debian kernel.
 
 The module (tracers/kmod) tells of the kernel's copies at the copying functions themselves, which
-BPF cannot be attached to. It is built once for each release, against headers that apt fetches and
-verifies and that are not installed, and kept beside the kernels; its path is printed, for
-insmod(8). It takes a compiler that knows the options the kernel was built with: Debian's own.
+BPF cannot be attached to. It is built with the kernel's own compiler against its own headers, in
+a root directory that holds these and nothing more: apt fetches and verifies the packages (150 to
+250 MB), none is installed. It is built once for each release and kept beside the kernels; its
+path is printed, for insmod(8).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,10 @@ _NAME = "rsplice_copies.ko"
 _SECONDS = 120
 
 
+#: What a build calls beside the compiler, which the headers depend on.
+_TOOLS = "base-files binutils dash coreutils sed grep mawk findutils make"
+
+
 def build(release: str) -> Path:
     """The module for *release* (as uname(1) prints it), built now if it is not kept.
 
@@ -35,16 +41,15 @@ def build(release: str) -> Path:
     kept = cache.directory().parent / "modules" / release / _NAME
     if kept.exists():
         return kept
-    series = cache.series_of(release)
     problems = []
-    for suite in SUITES.get(series, ()):
+    for suite in SUITES.get(cache.series_of(release), ()):
         with tempfile.TemporaryDirectory(prefix="rsplice-headers-") as scratch:
             try:
-                tree = _headers(release, suite, Path(scratch))
+                root = _root(release, suite, Path(scratch))
             except Unavailable as problem:
                 problems.append(f"{suite}: {problem}")
                 continue
-            made = _make(tree, Path(scratch) / "module")
+            made = _make(root, release)
             kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             new = kept.with_name(f"{_NAME}.{os.getpid()}")
             shutil.copyfile(made, new)
@@ -56,38 +61,32 @@ def build(release: str) -> Path:
     )
 
 
-def _headers(release: str, suite: str, scratch: Path) -> Path:
-    """A tree of headers that modules can be built in: Debian splits it in three packages."""
-    apt = Apt(suite, scratch / "apt")
-    flavour = release.rpartition("-")[2]  # "amd64"
-    version = release.removesuffix(f"-{flavour}")
-    unpacked = scratch / "unpacked"
-    for package in (
-        f"linux-headers-{version}-common",
-        f"linux-headers-{release}",
-        f"linux-kbuild-{version}",
-    ):
-        _run(("dpkg-deb", "-x", str(apt.download(package)), str(unpacked)))
-    common = unpacked / f"usr/src/linux-headers-{version}-common"
-    own = unpacked / f"usr/src/linux-headers-{release}"
-    makefile = (common / "Makefile").read_bytes()
-    for name in ("scripts", "tools"):  # links from one package into the other
-        (own / name).unlink(missing_ok=True)
-        (common / name).unlink(missing_ok=True)
-    shutil.copytree(own, common, symlinks=True, dirs_exist_ok=True)
-    (common / "Makefile").write_bytes(makefile)  # the flavour's includes the other by its path
-    for name in ("scripts", "tools"):
-        (kbuild,) = (unpacked / "usr/lib").glob("linux-kbuild-*")
-        if (kbuild / name).is_dir():
-            shutil.copytree(kbuild / name, common / name, symlinks=True, dirs_exist_ok=True)
-    (common / "vmlinux").unlink(missing_ok=True)  # or the build asks for pahole
-    return common
+def _root(release: str, suite: str, scratch: Path) -> Path:
+    """A root directory in which modules for *release* can be built."""
+    apt = Apt(suite, scratch / "apt", whole=True)
+    packages = apt.download_all((f"linux-headers-{release}", *_TOOLS.split()))
+    root = scratch / "root"
+    root.mkdir()
+    # base-files has the links /bin and /lib, where the suite has them: they come first.
+    for package in sorted(packages, key=lambda each: not each.name.startswith("base-files_")):
+        unpack = f"dpkg-deb --fsys-tarfile {shlex.quote(str(package))} | "
+        _run(("sh", "-c", unpack + f"tar -x --keep-directory-symlink -C {shlex.quote(str(root))}"))
+        package.unlink()
+    (root / "usr/bin/awk").symlink_to("mawk")  # which the package does when it is installed
+    headers = root / "usr/src" / f"linux-headers-{release}"
+    (headers / "vmlinux").unlink(missing_ok=True)  # or types are made for the module: minutes
+    return root
 
 
-def _make(tree: Path, place: Path) -> Path:
-    """The module, built in *place* against the headers in *tree*."""
+def _make(root: Path, release: str) -> Path:
+    """The module, built in *root*; who is not root has a user namespace for it."""
+    place = root / "module"
     shutil.copytree(_SOURCES, place)
-    _run(("make", "-s", "-C", str(tree), f"M={place}", "modules"))
+    binds = 'for each in dev proc; do mount --rbind "/$each" "$0/$each" || exit; done'
+    script = f'{binds}; exec chroot "$0" "$@"'
+    unshare = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)))
+    make = ("make", "-s", "-C", f"/usr/src/linux-headers-{release}", "M=/module", "modules")
+    _run((*unshare, "sh", "-c", script, str(root), *make))
     return place / _NAME
 
 

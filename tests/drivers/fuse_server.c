@@ -27,7 +27,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define MAX_PAGES    64 /* of one READ */
+#define MAX_PAGES    64			    /* of one READ */
+#define PIPE_SIZE    (4 * MAX_PAGES * PAGE) /* room for a header and a buffer for each half page */
 #define REQUEST_ROOM (128UL << 10)
 #define FILE_NODE    2
 #define FILE_NAME    "file"
@@ -548,11 +549,11 @@ static void run(struct server *server, const struct options *options)
 					 server->source.fd, 0) == MAP_FAILED)
 		fail("mmap");
 	if (pipe2(server->pipe, O_CLOEXEC) < 0 ||
-	    fcntl(server->pipe[1], F_SETPIPE_SZ, 2 * MAX_PAGES * PAGE) < 0)
+	    fcntl(server->pipe[1], F_SETPIPE_SZ, PIPE_SIZE) < 0)
 		fail("pipe");
 	server->scratch = open(options->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (server->scratch < 0 || pipe2(server->other, O_CLOEXEC | O_NONBLOCK) < 0 ||
-	    fcntl(server->other[1], F_SETPIPE_SZ, 2 * MAX_PAGES * PAGE) < 0 ||
+	    fcntl(server->other[1], F_SETPIPE_SZ, PIPE_SIZE) < 0 ||
 	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, server->sockets) < 0)
 		fail("set-up");
 	server->device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
