@@ -715,14 +715,50 @@ def test_the_table_shows_what_passed_and_why_the_rest_is_not_seen() -> None:
         outcome_of("6.1", a="passed", b="failed", late="failed"),
         outcome_of("6.12", a="passed", b="passed", late="passed"),
     ]
+    outcomes[1].seconds = 420
     assert kernels.table_of(outcomes) == (
         "| test | 6.1 (6.1.9) | 6.12 (6.12.9) |\n"
         "| --- | --- | --- |\n"
-        "| x: one | 1 passed, 1 **failed** | 2 passed |\n"
-        "| x: late | 1 not seen [1] | 1 passed |\n"
+        "| **x** | 1 passed, 1 **failed**, 1 not seen [1] | 3 passed |\n"
+        "| one | 1 passed, 1 **failed** | 2 passed |\n"
+        "| late | 1 not seen [1] | 1 passed |\n"
+        "| minutes | 0 | 7 |\n"
         "\n"
         "1. Not seen: it came with 6.2.\n"
     )
+
+
+#: Plays `rsplice kernel run`: each guest runs a test of three, and ends in the second.
+GUEST = r"""
+import json, sys
+from pathlib import Path
+names = Path(sys.argv[-1].removeprefix("@")).read_text().splitlines()
+print("6.1.9-guest")
+print(json.dumps({"test": names[0]}))
+print(json.dumps({"test": names[0], "outcome": "passed", "why": ""}))
+if len(names) > 1:
+    print(json.dumps({"test": names[1]}), flush=True)
+    sys.exit("guest: Kernel panic")
+"""
+
+
+def test_a_guest_that_ends_in_a_test_fails_it_and_another_one_runs_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "guest").write_text(f"#!{sys.executable}\n{GUEST}")
+    (tmp_path / "guest").chmod(0o755)
+    monkeypatch.setattr(kernels, "BUILD", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "guest"))
+    tests = [f"tests/test_x.py::test_{name}" for name in ("one", "two", "three")]
+    outcome = kernels._run("6.1", tests)
+    assert outcome.release == "6.1.9-guest"
+    assert outcome.results == {
+        tests[0]: ("passed", ""),
+        tests[1]: ("failed", "the guest ended in it: guest: Kernel panic"),
+        tests[2]: ("passed", ""),
+    }
+    monkeypatch.setattr(kernels, "BOOTS", 1)
+    assert kernels._run("6.1", tests).left == tests[2:]
 
 
 def test_the_docs_give_the_reasons_that_the_tests_know() -> None:

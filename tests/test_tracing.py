@@ -22,6 +22,7 @@ import rsplice
 from rsplice import engine, probes, tracing
 from rsplice.audit import Audit
 from rsplice.tracers import tracer as tracers
+from tests.support.patience import DEADLINE
 
 pytestmark = pytest.mark.privileged
 
@@ -168,7 +169,7 @@ def test_a_trace_is_repeated(relay: Relay) -> None:
 def test_traces_overlap_in_threads(data: Path) -> None:
     """Each counts all of the process in its time: here one begins and ends amid another."""
     first, second = Relay(data), Relay(data)
-    step = threading.Barrier(2, timeout=30)
+    step = threading.Barrier(2, timeout=DEADLINE)
     seen: dict[str, Audit] = {}
 
     def other() -> None:
@@ -611,7 +612,7 @@ def test_what_a_socket_sends_is_of_the_trace_that_gave_it(data: Path) -> None:
             with rsplice.trace() as trace:
                 for _ in range(rounds):
                     assert os.sendfile(ours.fileno(), source, 0, SIZE) == SIZE
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + DEADLINE
                 while sum(received) < rounds * SIZE and time.monotonic() < deadline:
                     time.sleep(0.001)
             received.clear()

@@ -230,7 +230,7 @@ def _attach(program: Program, file: File, places: list[tuple[int, int]]) -> None
     """By one link if the kernel can, else probe by probe. BpfError if neither works."""
     for many in (True, False):
         try:
-            descriptor = program.load_uprobe("usdt_mark", many)
+            descriptor = program.load_uprobe("usdt_mark" if many else "usdt_mark_each", many)
             try:
                 program.attach_uprobes(descriptor, many, file.fd, places)
             finally:

@@ -50,11 +50,6 @@ class Served:
         ]
         return found
 
-    @property
-    def measured(self) -> bool:
-        """Whether this kernel lets copies be counted where they are made."""
-        return bool(self.result.json["accuracy"]["measured_at"])
-
     def inserted(self, comm: str) -> int:
         (process,) = [p for p in self.result.json["processes"] if p["comm"] == comm]
         return int(process["page_cache"]["inserted_pages"])
@@ -109,7 +104,7 @@ def test_whole_pages_are_moved_and_only_the_tail_is_copied(served: Served) -> No
 def test_what_cannot_move_is_copied(mode: str, served: Served) -> None:
     reply = served.path(mode, "pipe", DEVICE, REPLY)
     assert (reply["moved"], reply["copied"], reply["payload_bytes"]) == (0, SIZE, SIZE)
-    assert reply["evidence"] == ("measured" if served.measured else "identity")
+    assert reply["evidence"] == served.result.evidence("identity")
     assert reply["why"]
 
 
@@ -123,7 +118,7 @@ def test_a_reply_without_pages_is_not_judged_by_those_of_a_read_that_failed(
     served: Served,
 ) -> None:
     reply = served.path("broken", "pipe", DEVICE, REPLY)
-    how = "copied" if served.measured else "unknown"
+    how = "copied" if served.result.measures else "unknown"
     assert reply[how] == reply["payload_bytes"] > 0
 
 

@@ -19,6 +19,7 @@ from rsplice.audit import Audit
 from rsplice.dashboards.live import LiveView
 from rsplice.recording import Recording
 from tests.support.filesystems import Scratch
+from tests.support.patience import DEADLINE
 from tests.support.run import ROOT, RSPLICE, Driver, Result, audit, environment
 from tests.test_live_view import DETAIL, pressed, screen
 
@@ -69,7 +70,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         env=environment(),
-        timeout=60,
+        timeout=DEADLINE,
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from tests.support.attached import descendants_of
+from tests.support.patience import DEADLINE
 from tests.support.pipe_frames import Answer, PipeFrames, frames_of, pipe_frames
 from tests.support.run import RSPLICE, Result, Running, process
 
@@ -80,7 +81,7 @@ def read_watched(
 
     :param first: bytes that are read at a time from start to end before the file is mapped, if any
     """
-    until = time.monotonic() + 30.0
+    until = time.monotonic() + DEADLINE
     while not os.path.ismount(mount):
         assert time.monotonic() < until and running.poll() is None, "not mounted"
         time.sleep(0.02)
@@ -153,7 +154,7 @@ def test_pages_that_are_copied_are_other_pages(source: Path, mount: Path) -> Non
         shown = read_watched(probes, running, source, mount)
         answers = probes.answers()
         running.terminate()
-        assert running.wait(30) == 0
+        assert running.wait(DEADLINE) == 0
     assert frames_before(answers, TWIN_PAGES) == lent[:TWIN_PAGES]
     assert not set(lent) & set(shown)
 
@@ -168,7 +169,7 @@ def read_on(source: Path, mount: Path, *options: str) -> tuple[list[Answer], lis
         shown = read_watched(probes, running, source, mount, 16 * PAGE)
         answers = probes.answers()
         running.terminate()
-        assert running.wait(30) == 0
+        assert running.wait(DEADLINE) == 0
     return answers, shown
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.attached import wait_for_command, wait_until_attached
+from tests.support.patience import DEADLINE, MANY
 from tests.support.run import Driver, Running, audit, own_count, process
 
 pytestmark = pytest.mark.privileged
@@ -21,7 +22,7 @@ READ = ("read", "ext4", "user memory")
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [
-        ("fork -n 1009 -s 1", 1009),
+        (f"fork -n {MANY} -s 1", MANY),
         ("fork-chain -n 97 -s 7", 97),
         ("vfork -n 101 -s 7", 101),
         ("threads -n 103 -s 7", 103),
@@ -93,14 +94,14 @@ def test_sigterm_ends_the_waiting_for_what_is_left_behind(
 ) -> None:
     running = leave_behind(driver.command(tmp_path / "report.json", ext4, "read"))
     running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(timeout=20) == 7
+    assert running.process.wait(timeout=DEADLINE) == 7
     assert running.finish().counts("driver") == {}
 
 
 def test_other_processes_are_not_counted(driver: Driver, ext4: Path, tmp_path: Path) -> None:
     """The twin of -p: what runs meanwhile, and is no descendant, stays out."""
     outside = driver.command(tmp_path / "outside.json", ext4, "read", "-n", "1009")
-    running = Running(["sleep", "60"])
+    running = Running(["sleep", "1000"])
     sleeper = wait_for_command(running.pid, "sleep")
     subprocess.run(outside, check=True)
     os.kill(sleeper, signal.SIGTERM)

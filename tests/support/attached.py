@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-_SECONDS = 60
+from tests.support.patience import DEADLINE
 
 
 def descriptors_of(pid: int) -> list[str]:
@@ -65,7 +65,7 @@ def wait_until_attached(pid: int) -> None:
 
     It catches SIGTERM from then on, which /proc shows. AssertionError if it ends before.
     """
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + DEADLINE
     while not _catches(pid, signal.SIGTERM):
         assert time.monotonic() < until, "the audit is not ready"
         time.sleep(0.02)
@@ -81,7 +81,7 @@ def _catches(pid: int, number: signal.Signals) -> bool:
 
 def wait_for_command(pid: int, comm: str) -> int:
     """The pid of the audited command *comm*, a descendant of rsplice, once it has been exec'd."""
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + DEADLINE
     while time.monotonic() < until:
         # The eldest: a shell's child has the shell's name until it runs something else.
         for child in reversed(descendants_of(pid)):
@@ -106,7 +106,7 @@ def _loaded(program: int) -> bool:
 
 def wait_until_gone(programs: set[int]) -> None:
     """Returns when the kernel has let go of *programs*; AssertionError if some stay."""
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + DEADLINE
     while left := {p for p in programs if _loaded(p)}:
         assert time.monotonic() < until, f"BPF programs stay loaded: {sorted(left)}"
         time.sleep(0.1)

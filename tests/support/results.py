@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A pytest plugin that writes a line of JSON for each test that has ended.
+"""A pytest plugin that writes a line of JSON for each test that begins, and that has ended.
 
 They go to the file that RSPLICE_TEST_RESULTS names, as they come: a guest may not live to the end.
 """
@@ -14,9 +14,9 @@ import pytest
 _out = open(os.environ["RSPLICE_TEST_RESULTS"], "w", buffering=1)  # noqa: SIM115
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """First the names of all."""
-    print(json.dumps({"collected": [item.nodeid for item in session.items]}), file=_out)
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Which test begins: the guest may end in it."""
+    print(json.dumps({"test": nodeid}), file=_out)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -4,7 +4,10 @@
  * stands; the attachment's cookie is the number of the place, and the table usdt_sites tells which
  * probe it is and where its arguments are (usdt.py).
  *
- * It may be preempted, and run again for another thread: maps by CPU would lose counts.
+ * It may be preempted, and run again for another thread: maps by CPU would lose counts. Variables
+ * too: from 6.13 on those of a program without tail calls are kept by CPU (bpf_enable_priv_stack(),
+ * kernel/bpf/verifier.c), as though programs of uprobes were not preempted (uprobe_prog_run(),
+ * kernel/trace/bpf_trace.c), and threads get each other's. Hence a tail call, which leads nowhere.
  */
 #if USDT
 #define NR_ARGUMENTS 6
@@ -44,6 +47,8 @@ struct mark_sum {
 };
 BPF_HASH(usdt_marks, struct mark_key, struct mark_sum, MAX_MARKS);
 BPF_ARRAY(usdt_lost, u64, 1);
+BPF_PROG_ARRAY(usdt_nowhere, 1);
+BPF_PROG_ARRAY(usdt_nowhere_each, 1); /* an array is for programs of one way to attach */
 
 /*
  * A call ends in the thread it began in. Copies of the library in one process repeat each other's
@@ -175,7 +180,7 @@ static __always_inline void add_mark(struct mark_key *key, u64 *values, u32 firs
 		__sync_fetch_and_add(&sum->bytes[i], values[first + i]);
 }
 
-int usdt_mark(u64 *ctx)
+static __always_inline void see_mark(u64 *ctx)
 {
 	u32 index = attach_cookie(ctx), first = 1, i;
 	struct site *site = usdt_sites.lookup(&index);
@@ -183,10 +188,10 @@ int usdt_mark(u64 *ctx)
 	struct mark_key key = {};
 
 	if (!site)
-		return 0;
+		return;
 	process = process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task());
 	if (!process)
-		return 0;
+		return;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < NR_ARGUMENTS; i++) {
 		if (i < site->nr_arguments)
@@ -209,6 +214,21 @@ int usdt_mark(u64 *ctx)
 			     ? values[1] + values[2] + values[3] + values[4] + values[5]
 			     : values[first],
 		     key.detail, key.mark == MARK_PUBLISH || key.mark == MARK_ABORT);
+}
+
+/* Attached by one link to all places. */
+int usdt_mark(u64 *ctx)
+{
+	see_mark(ctx);
+	usdt_nowhere.call(ctx, 0);
+	return 0;
+}
+
+/* Attached to each place by itself. */
+int usdt_mark_each(u64 *ctx)
+{
+	see_mark(ctx);
+	usdt_nowhere_each.call(ctx, 0);
 	return 0;
 }
 #endif
