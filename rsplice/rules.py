@@ -3,8 +3,9 @@
 
 The first rule that holds decides. Where none holds the bytes are unknown: a kernel that is
 not covered is never said to have avoided a copy. Each rule names the kernel function to read
-it in. They stem from the sources of Linux 5.10, 6.1, 6.12 and 7.2; the releases between these
-were not read. Nothing here does I/O.
+it in. They stem from the sources of Linux 5.10, 6.1, 6.12 and 7.2; for FUSE over io_uring, ublk
+and memory in a ring's table of buffers, from those of 7.3. The releases between these were not
+read. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ VMSPLICE = _operations("vmsplice", "vmsplice")
 CLONE = _operations("clone ioctls", "ioctl FICLONE, ioctl FICLONERANGE")
 PROCESS_VM = _operations("process_vm", "process_vm_readv, process_vm_writev")
 WRITTEN_REPLY = _operations("written replies", f"fuse reply, {_WRITE}")
+RING_COMMAND = _operations("commands of a ring", "io_uring uring_cmd")
 SPLICED_REPLY = _operations("spliced replies", "fuse reply, splice, io_uring splice")
 
 # Endpoints.
@@ -202,7 +204,7 @@ _DISK = (
 )
 _PAGE_CACHE = (
     f"{_DISK}, squashfs, iso9660, cramfs, romfs, ubifs, jffs2, ecryptfs, overlay, nfs, nfs4, afs, "
-    "9p with a cache"
+    "9p with a cache, ublk disk"
 )
 _FUSE = "fuse, fuseblk, virtiofs"
 _MEMORY = "tmpfs, memfd, ramfs, devtmpfs, rootfs, hugetlbfs"
@@ -241,15 +243,17 @@ UDP = _ends("udp", "udp")
 UNIX = _ends("unix", "unix")
 AF_ALG = _ends("af_alg", "af_alg")
 FUSE_DEVICE = _ends("fuse device", "fuse device")
+UBLK_DEVICE = _ends("ublk device", "ublk device")
+REGISTERED = _ends("kernel buffer", "fuse request, ublk request, kernel buffer")
 
 _OPERATIONS = (
     *(READS, WRITES, RECEIVES, RECV_ZC, SENDS, SPLICE, SPLICES, SENDFILE, COPY_FILE_RANGE, TEE),
-    *(VMSPLICE, CLONE, PROCESS_VM, WRITTEN_REPLY, SPLICED_REPLY),
+    *(VMSPLICE, CLONE, PROCESS_VM, WRITTEN_REPLY, RING_COMMAND, SPLICED_REPLY),
 )
 _ENDS = (
     *(UNKNOWN, USER, PIPE, DAX, DISK_DIRECT, BTRFS_DIRECT, OTHER_DIRECT, CACHED, FUSE_CACHED, GFS2),
     *(MEMORY, MEMORY_DIRECT, BY_MOUNT, REFLINK, SERVER_COPY, GENERATED, MESSAGES, TTY, SINK),
-    *(SOCKET, TCP, UDP, UNIX, AF_ALG, FUSE_DEVICE),
+    *(SOCKET, TCP, UDP, UNIX, AF_ALG, FUSE_DEVICE, UBLK_DEVICE, REGISTERED),
 )
 
 
@@ -352,6 +356,32 @@ RULES: tuple[Rule, ...] = (
     Rule(SPLICES, PIPE, DISK_DIRECT, "direct",
          "O_DIRECT: the device drains the pages of the pipe",
          "fs/splice.c:iter_file_splice_write"),
+    # Memory of the kernel that a ring's table of buffers refers to (6.15).
+    Rule(READS, BTRFS_DIRECT, REGISTERED, "unknown",
+         "btrfs copies compressed extents in spite of O_DIRECT: which it did was not seen",
+         "fs/btrfs/direct-io.c:btrfs_dio_iomap_begin", since=(6, 15)),
+    Rule(WRITES, REGISTERED, BTRFS_DIRECT, "unknown",
+         "btrfs copies for files with checksums in spite of O_DIRECT: which it did was not seen",
+         "fs/btrfs/direct-io.c:btrfs_direct_write", since=(6, 15)),
+    Rule(READS, DISK_DIRECT, REGISTERED, "direct",
+         "O_DIRECT: the device fills the very pages of the {destination}",
+         "io_uring/rsrc.c:io_import_kbuf", since=(6, 15)),
+    Rule(WRITES, REGISTERED, DISK_DIRECT, "direct",
+         "O_DIRECT: the device drains the very pages of the {source}",
+         "io_uring/rsrc.c:io_import_kbuf", since=(6, 15)),
+    Rule(READS, CACHED, REGISTERED, "copied",
+         "the kernel copies from the page cache to the pages of the {destination}",
+         "mm/filemap.c:generic_file_read_iter", since=(6, 15)),
+    Rule(WRITES, REGISTERED, CACHED, "copied",
+         "the kernel copies from the pages of the {source} to the page cache",
+         "mm/filemap.c:generic_perform_write", since=(6, 15)),
+    Rule(READS, MEMORY, REGISTERED, "copied",
+         "{source} lives in memory: the kernel copies from it to the pages of the {destination}",
+         "mm/shmem.c:shmem_file_read_iter", since=(6, 15)),
+    Rule(WRITES, REGISTERED, MEMORY, "copied",
+         "{destination} lives in memory: the kernel copies to it from the pages of the {source}",
+         "mm/filemap.c:generic_perform_write", since=(6, 15)),
+    # O_DIRECT where another layer decides.
     Rule(ANYTHING, OTHER_DIRECT, ANY, "unknown",
          "O_DIRECT on {source} hands the pages to another layer: what it did was not seen",
          "fs/fuse/file.c:fuse_direct_io"),
@@ -456,14 +486,24 @@ RULES: tuple[Rule, ...] = (
          "the kernel copies the request to the server's memory",
          "fs/fuse/dev.c:fuse_dev_read"),
     Rule(WRITTEN_REPLY, USER, FUSE_DEVICE, "copied",
-         "a written reply is copied: libfuse splices only if FUSE_CAP_SPLICE_WRITE is wanted",
+         "a reply from memory is copied: libfuse splices only if FUSE_CAP_SPLICE_WRITE is wanted",
          "fs/fuse/dev.c:fuse_dev_write"),
+    Rule(RING_COMMAND, FUSE_DEVICE, USER, "copied",
+         "the kernel copies the request's arguments to the server's payload buffer",
+         "fs/fuse/dev_uring.c:fuse_uring_copy_to_ring", since=(6, 14)),
     Rule(SPLICED_REPLY, PIPE, FUSE_DEVICE, "unknown",
          "a spliced reply is moved page by page where possible, else copied: which was not seen",
          "fs/fuse/dev.c:fuse_dev_splice_write"),
     Rule(SPLICE, FUSE_DEVICE, PIPE, "unknown",
          "a request's pages are lent to the pipe, its headers copied: the parts were not seen",
          "fs/fuse/dev.c:fuse_dev_splice_read"),
+    # ublk servers that copy by themselves (UBLK_F_USER_COPY, 6.5).
+    Rule(READS, UBLK_DEVICE, USER, "copied",
+         "the kernel copies from the request's pages to the server's memory",
+         "drivers/block/ublk_drv.c:ublk_ch_read_iter", since=(6, 5)),
+    Rule(WRITES, USER, UBLK_DEVICE, "copied",
+         "the kernel copies from the server's memory to the request's pages",
+         "drivers/block/ublk_drv.c:ublk_ch_write_iter", since=(6, 5)),
     # Crypto sockets.
     Rule(RECEIVES, AF_ALG, USER, "copied",
          "the cipher writes its output to user memory",

@@ -35,9 +35,16 @@ OFF: dict[str, dict[str, str]] = {
         "mapcount": "folio._large_mapcount",
         "fuse": "fuse_req.args",
         "io_uring": "io_kiocb.cqe.user_data",
+        "fuse_ring": "fuse_req.ring_queue",
+        "registered": "io_kiocb.buf_node",
     },
-    "6.1": {"mapcount": "folio._large_mapcount", "fuse": "fuse_req.args"},
-    "6.12": {},
+    "6.1": {
+        "mapcount": "folio._large_mapcount",
+        "fuse": "fuse_req.args",
+        "fuse_ring": "fuse_req.ring_queue",
+        "registered": "io_kiocb.buf_node",
+    },
+    "6.12": {"fuse_ring": "fuse_req.ring_queue", "registered": "io_kiocb.buf_node"},
     "7.2": {},
     "7.3": {},
 }
@@ -139,6 +146,7 @@ ARGUMENTS: dict[str, dict[int, tuple[str, ...]]] = {
 #: Fields of which the BPF programs read, on purpose, more or less than they are wide (bytes).
 OTHER_WIDTHS = {
     "KIOCB_FLAGS": 4,  # the low half has all flags that are looked at
+    "DISK_NAME": 8,  # how it begins
 }
 
 BPF_SOURCES = Path(layout.__file__).parent / "bpf"
@@ -233,6 +241,11 @@ class Walker:
                 return None
             bits, tid = bits + inside[member][0], inside[member][1]
         return (bits // 8, self._size(tid)) if tid else None
+
+    def bit(self, struct: str, name: str) -> int | None:
+        """The place of a member in bits."""
+        tid = self._ids.get((struct, _KIND_STRUCT))
+        return self._members(self._type(tid)).get(name, (None,))[0] if tid else None
 
     def enumerator(self, enum: str, name: str) -> int | None:
         tid = self._ids.get((enum, _KIND_ENUM))
@@ -407,6 +420,12 @@ def test_what_differs_by_more_than_an_offset(kernel: Kernel) -> None:
         bit = walker.enumerator("pageflags", f"PG_{name}")
         assert bit is not None
         assert constants[f"PG_{name.upper()}_BIT"] == bit
+    bit = walker.bit("fuse_args", "zero_copy")
+    queue = walker.place("fuse_ring_queue.zero_copy")
+    assert constants["FUSE_ZERO_COPY"] == int(queue is not None and bit is not None)
+    assert constants["FUSE_ARGS_ZERO_COPY"] == (bit or 0)
+    assert constants["FUSE_QUEUE_ZERO_COPY"] == (queue[0] if queue else 0)
+    assert kernel.series != "7.3" or bit
     assert constants["FILE_REF_ONE"] == int(walker.place("file.f_ref") is None)
     assert constants["PG_HEAD_BIT"] == walker.enumerator("pageflags", "PG_head")
     by_completion = "struct io_uring_cqe *" in (walker.arguments("io_uring_complete") or [])

@@ -106,6 +106,36 @@ def test_o_direct_through_another_layer_is_unknown(kind: str) -> None:
     assert kind in verdict("read", direct, USER).why
 
 
+@pytest.mark.parametrize("kind", ["fuse request", "ublk request", "kernel buffer"])
+def test_a_device_fills_and_drains_memory_that_a_ring_has_from_the_kernel(kind: str) -> None:
+    request, btrfs = Endpoint(kind), Endpoint("btrfs", direct=True)
+    read, write = "io_uring read_fixed", "io_uring write_fixed"
+    assert verdict(read, EXT4_DIRECT, request).disposition == "direct"
+    assert verdict(write, request, EXT4_DIRECT).disposition == "direct"
+    for file in (EXT4, Endpoint("tmpfs"), Endpoint("memfd", direct=True)):
+        assert verdict(read, file, request).copies == 1
+        assert verdict(write, request, file).copies == 1
+    assert verdict(read, btrfs, request).disposition == "unknown"
+    assert verdict(write, request, btrfs).disposition == "unknown"
+    # What was not read in the kernel's sources is not guessed.
+    assert verdict(read, PIPE, request).disposition == "unknown"
+    assert verdict(write, request, TCP).disposition == "unknown"
+    assert verdict(read, EXT4_DIRECT, request, kernel=(6, 14)).disposition == "unknown"
+
+
+def test_a_ublk_disk_has_a_page_cache_and_a_server_behind_it() -> None:
+    disk, server = Endpoint("ublk disk"), Endpoint("ublk device")
+    assert disposition("read", disk, USER) == "copied"
+    assert disposition("read", Endpoint("ublk disk", direct=True), USER) == "unknown"
+    assert verdict("pwrite64", USER, server).copies == 1
+    assert verdict("pread64", server, USER).copies == 1
+
+
+def test_requests_of_fuse_come_with_a_command_of_the_ring() -> None:
+    command = verdict("io_uring uring_cmd", FUSE_DEVICE, USER)
+    assert (command.disposition, command.copies) == ("copied", 1)
+
+
 def test_btrfs_may_copy_in_spite_of_o_direct() -> None:
     direct = Endpoint("btrfs", direct=True)
     assert disposition("read", direct, USER) == "unknown"

@@ -229,6 +229,8 @@ def test_closing_detaches_every_program(data: Path) -> None:
         (5 << 56 | 136 << 20 | 7, "/dev/pts"),
         (5 << 56 | 999 << 20 | 7, "char device 999:7"),
         (6 << 56, "block device"),
+        (6 << 56 | 1, "ublk disk"),
+        (8 << 56 | 1, "kernel buffer"),
         (7 << 56 | 2 << 40 | 1 << 32 | 6, "tcp"),
         (7 << 56 | 10 << 40 | 2 << 32 | 17, "udp"),
         (7 << 56 | 2 << 40 | 3 << 32 | 1, "raw"),

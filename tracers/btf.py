@@ -173,6 +173,22 @@ class Btf:
         size = int(_libbpf().btf__resolve_size(self._btf, tid))
         return Member(offset, size)
 
+    def bit(self, path: str) -> int | None:
+        """The place, in bits, of the bitfield ``struct.member``; None where the kernel has none."""
+        struct, name = path.split(".")
+        tid = self.struct_id(struct)
+        t = self._type(tid) if tid is not None else None
+        if t is None or not t.info >> 31:
+            return None
+        members = _ffi.cast("struct btf_member *", t + 1)
+        places = (
+            m.offset
+            for m in map(members.__getitem__, range(t.info & 0xFFFF))
+            if self._name(m.name_off) == name
+        )
+        found = next(places, None)
+        return None if found is None or not found >> 24 else int(found & 0xFFFFFF)
+
     def _type(self, tid: int) -> Any:
         return _libbpf().btf__type_by_id(self._btf, tid)
 

@@ -7,7 +7,7 @@ import socket
 from functools import lru_cache
 from pathlib import Path
 
-_UNKNOWN, _USER, _PIPE, _FIFO, _CHAR, _BLOCK, _SOCKET = range(1, 8)
+_UNKNOWN, _USER, _PIPE, _FIFO, _CHAR, _BLOCK, _SOCKET, _REGISTERED = range(1, 9)
 _FILESYSTEM = 0xFF
 _CACHE_WRITEBACK = 0b0100
 _FUSE_DEVICE = 10 << 20 | 229
@@ -17,8 +17,9 @@ _SIMPLE = {
     _USER: "user memory",
     _PIPE: "pipe",
     _FIFO: "fifo",
-    _BLOCK: "block device",
 }
+#: Who puts memory of the kernel into a ring's table of buffers: the function that lets go of it.
+_REGISTRARS = {"fuse_zero_copy_release": "fuse request", "ublk_io_release": "ublk request"}
 _IPPROTO_NAMES = {6: "tcp", 17: "udp", 132: "sctp", 136: "udplite", 262: "mptcp"}
 _FAMILY_NAMES = {
     socket.AF_UNIX: "unix",
@@ -48,6 +49,10 @@ def kind_name(end: int, filesystems: dict[int, str]) -> str:
     kind, value = end >> 56, end & ((1 << 56) - 1)
     if kind == _CHAR:
         return _character_device(value)
+    if kind == _BLOCK:
+        return "ublk disk" if value else "block device"
+    if kind == _REGISTERED:
+        return _registered(value | 0xFF << 56)
     if kind == _SOCKET:
         return _socket(value >> 40, value >> 32 & 0xFF, value & 0xFFFFFFFF)
     return _SIMPLE.get(kind, "unknown")
@@ -81,6 +86,16 @@ def _socket(family: int, kind: int, protocol: int) -> str:
 
 
 @lru_cache
+def _registered(release: int) -> str:
+    """Whose memory it is that the function at that address lets go of."""
+    with open("/proc/kallsyms") as symbols:
+        for line in symbols:
+            if int(line[:16], 16) == release:
+                return _REGISTRARS.get(line.split()[2], "kernel buffer")
+    return "kernel buffer"
+
+
+@lru_cache
 def _character_device(dev: int) -> str:
     """ "/dev/null" and the like; the kernel's dev_t has the minor in its low 20 bits."""
     if dev == _FUSE_DEVICE:
@@ -88,6 +103,9 @@ def _character_device(dev: int) -> str:
     major, minor = dev >> 20, dev & 0xFFFFF
     if 136 <= major <= 143:
         return "/dev/pts"
+    # A server's device may be gone by now.
+    if f"{major} ublk-char" in map(str.strip, Path("/proc/devices").read_text().splitlines()):
+        return "ublk device"
     try:
         uevent = Path(f"/sys/dev/char/{major}:{minor}/uevent").read_text()
     except OSError:

@@ -23,6 +23,9 @@ FEATURES = {
     "network": "pages sent by sendfile and splice to sockets are not compared",
     "zerocopy": "MSG_ZEROCOPY is taken for a copying send",
     "fuse": "pages moved by FUSE replies are not compared",
+    "fuse_ring": "messages of FUSE over io_uring are not seen",
+    "registered": "memory of the kernel in a ring's table of buffers is taken for the caller's own",
+    "disk": "disks of ublk are taken for those of a device",
     "io_uring": "io_uring operations are not seen",
     "findings": "lifecycle findings are not looked for",
     "owner": "rsplice serve-probes cannot tell whose a process is",
@@ -172,6 +175,40 @@ FIELDS: list[Field] = [
         """,
     ),
     *_fields(
+        "fuse_ring",
+        """
+        FUSE_REQ_QUEUE fuse_req.ring_queue
+        FUSE_COPY_REQ fuse_copy_state.req
+        FUSE_ARGS_NR_IN fuse_args.in_numargs
+        FUSE_ARGS_NR_OUT fuse_args.out_numargs
+        FUSE_ARGS_IN fuse_args.in_args
+        FUSE_ARGS_OUT fuse_args.out_args
+        FUSE_ARG_SIZE fuse_arg.size
+        FUSE_PDU_ENTRY fuse_uring_pdu.ent
+        FUSE_ENTRY_REQ fuse_ring_ent.fuse_req
+        COMMAND_PDU io_uring_cmd.pdu
+        COMMAND_OP io_uring_cmd.cmd_op
+        """,
+    ),
+    *_fields(
+        "disk",
+        """
+        MAPPING_HOST address_space.host
+        BDEV_INODE bdev_inode.vfs_inode
+        BDEV_DISK bdev_inode.bdev.bd_disk
+        DISK_NAME gendisk.disk_name
+        """,
+    ),
+    *_fields(
+        "registered",
+        """
+        KIOCB_BUF_NODE io_kiocb.buf_node
+        RSRC_NODE_BUF io_rsrc_node.buf
+        BUFFER_RELEASE io_mapped_ubuf.release
+        BUFFER_IS_KERNELS io_mapped_ubuf.flags | io_mapped_ubuf.is_kbuf
+        """,
+    ),
+    *_fields(
         "io_uring",
         """
         KIOCB_FILE io_kiocb.file
@@ -224,7 +261,8 @@ FIELDS: list[Field] = [
 
 # Sizes of structs that are walked as arrays or stepped over.
 _SIZES = (("BUF_SIZE", ("pipe_buffer",), "identity"), ("PAGE_SIZE_OF", ("page",), "identity"),
-          ("FRAG_SIZE", ("skb_frag", "bio_vec"), "network"))  # fmt: skip
+          ("FRAG_SIZE", ("skb_frag", "bio_vec"), "network"),
+          ("FUSE_ARG_STRIDE", ("fuse_arg",), "fuse_ring"))  # fmt: skip
 
 
 @dataclass
@@ -266,6 +304,8 @@ def resolve(btf: Btf) -> Layout:
         else:
             layout.constants[name] = size
     _resolve_variants(btf, layout)
+    if not layout.has("fuse") or not layout.has("io_uring"):
+        layout.missing.setdefault("fuse_ring", "messages of FUSE or of io_uring are not seen")
     if "core" in layout.missing:
         raise RspliceError(f"cannot trace this kernel: {layout.missing['core']}")
     if not layout.has("identity"):
@@ -320,5 +360,10 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     constants["SHINFO_FLAGS"] = flags.offset if flags else 0
     # Before 5.12 sendfile to a pipe goes through the task's own pipe, as to any other file.
     constants["SENDFILE_INTO_PIPE"] = int(btf.function_id("splice_file_to_pipe") is not None)
+    # Since 7.3 the pages of a READ or WRITE over a ring need not go by the server's buffer.
+    queue, bit = btf.member("fuse_ring_queue.zero_copy"), btf.bit("fuse_args.zero_copy")
+    constants["FUSE_ZERO_COPY"] = int(queue is not None and bit is not None)
+    constants["FUSE_QUEUE_ZERO_COPY"] = queue.offset if queue else 0
+    constants["FUSE_ARGS_ZERO_COPY"] = bit or 0
     pt_regs = btf.struct_id("pt_regs")
     constants["BTF_PT_REGS"] = pt_regs or 0

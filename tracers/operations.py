@@ -27,6 +27,7 @@ class Shape(IntEnum):
     IOCTL = 15  #: FICLONE and FICLONERANGE
     SOCKETCALL = 16  #: i386 only
     CLOSE = 17  #: carries nothing, but ends what a pipe still holds
+    COMMAND = 18  #: a command of io_uring, which FUSE sends requests by
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ URING_OPS = {
     27: ("recv", Shape.RECVFROM),
     30: ("splice", Shape.SPLICE),
     33: ("tee", Shape.TEE),
+    46: ("uring_cmd", Shape.COMMAND),
     47: ("send_zc", Shape.SENDTO),
     48: ("sendmsg_zc", Shape.SENDMSG),
     49: ("read_multishot", Shape.READ),

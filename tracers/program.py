@@ -30,8 +30,8 @@ _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "asides.h", "account.h",
             "pages.h", "sockets.h", "judgements.h", "journey.h", "findings.h", "lent.h",
             "contents.h", "copies.h", "tails.h", "syscalls.c", "findings.c", "lifecycle.c",
-            "pagecache.c", "network.c", "fuse.c", "io_uring.c", "journey.c", "usdt.c", "copies.c",
-            "learn.c")  # fmt: skip
+            "pagecache.c", "network.c", "fuse_ring.c", "fuse.c", "io_uring.c", "journey.c",
+            "usdt.c", "copies.c", "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_CREATE = 0

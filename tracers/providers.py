@@ -75,6 +75,7 @@ class Observation:
     :param outside: of vmlinux: its functions may be a module's, of which vmlinux's BTF is silent
     :param tracepoint: one that makes this unnecessary
     :param cost: what the reader loses without it, in words; "" for copies
+    :param result: "in" or "out": how a kretprobe counts the result, where *program* looks closer
     """
 
     name: str
@@ -85,6 +86,7 @@ class Observation:
     outside: bool = False
     tracepoint: str = ""
     cost: str = ""
+    result: str = ""
 
     @property
     def loss(self) -> str:
@@ -141,7 +143,22 @@ COPIES: tuple[Observation, ...] = (
     # fs/btrfs/file.c
     Observation("copies into btrfs", ("btrfs_buffered_write",), "out", outside=True),
     # fs/fuse/dev.c: memcpy(), which no module can probe either
-    Observation("copies of FUSE messages", ("fuse_copy_do",), "out", 0, False, outside=True),
+    Observation(
+        "copies of FUSE messages",
+        ("fuse_copy_do",),
+        "fuse_copy_do",
+        3,
+        by_iterator=False,
+        outside=True,
+        result="out",
+    ),
+    # drivers/block/ublk_drv.c: what a server reads and writes by itself
+    Observation(
+        "copies of ublk requests",
+        ("ublk_copy_user_pages", "ublk_copy_user_pages.isra.0"),
+        "in",
+        outside=True,
+    ),
     # net/core/skbuff.c
     Observation("copies of zero-copy packets", ("skb_copy_ubufs",), "skb_copy_ubufs", 2, False),
 )
@@ -292,7 +309,8 @@ def _fexit_program(observation: Observation, arguments: int) -> str | None:
 
 
 def _kretprobe_program(observation: Observation) -> str | None:
-    return f"copied_{observation.program}_ax" if observation.program in RETURNS else None
+    side = observation.result or observation.program
+    return f"copied_{side}_ax" if side in RETURNS else None
 
 
 def attach(program: Program, kernel: Kernel) -> list[Taken]:

@@ -85,7 +85,7 @@ PROBES = (
     Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True),
     Probe("signal_deliver", "leaked pages are not seen", "findings", identity=True, marks=True),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
-    Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse", identity=True),
+    Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse"),
     Probe(
         "io_uring_submit_req",
         "multishot completions are not seen",

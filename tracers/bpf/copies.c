@@ -134,15 +134,55 @@ int copied_skb_copy_ubufs(u64 *ctx)
 }
 #endif
 
-/* io_issue_sqe(req, ...): what its thread copied meanwhile is the request's. */
+/*
+ * fuse_copy_do(cs, val, size) copies nothing without val. Over a ring a server gets requests in
+ * task work, and answers several in one call: there the bytes are the request's, not the thread's.
+ */
+int copied_fuse_copy_do(u64 *ctx)
+{
+	s32 bytes = tracepoint_arg(ctx, 3);
+
+	if (!tracepoint_arg(ctx, 1))
+		return 0;
+#if HAVE_FUSE_RING
+	{
+		u64 request = peek64(tracepoint_arg(ctx, 0) + FUSE_COPY_REQ);
+		u64 task = bpf_get_current_task();
+		struct copied none = {}, *own;
+
+		if (request && peek64(request + FUSE_REQ_QUEUE)) {
+			if (!process_of(bpf_get_current_pid_tgid() >> 32, task))
+				return 0;
+			own = copied_over_ring.lookup_or_try_init(&request, &none);
+			if (own)
+				own->bytes[SIDE_OUT] += bytes;
+			else
+				count_lost(LOST_TALLY);
+			return 0;
+		}
+	}
+#endif
+	return count_copied(SIDE_OUT, bytes);
+}
+
+/*
+ * io_issue_sqe(req, ...): what its thread copied meanwhile is the request's, if that is a leg. It
+ * must not be left to the next request, which is likely to be kept at the same address.
+ */
 int copied_request(u64 *ctx)
 {
-	u64 request = tracepoint_arg(ctx, 0);
-	u32 tid = bpf_get_current_pid_tgid();
+	u64 request = tracepoint_arg(ctx, 0), *entry;
+	u32 tid = bpf_get_current_pid_tgid(), opcode = peek64(request + KIOCB_OPCODE) & 0xff;
 	struct copied none = {}, *mine = copied_by.lookup(&tid), *own;
 
 	if (!mine || (!mine->bytes[SIDE_IN] && !mine->bytes[SIDE_OUT]))
 		return 0;
+	entry = uring_table.lookup(&opcode);
+	if (!entry || !*entry || (*entry & 0xff) == SHAPE_COMMAND) {
+		count_outside(OTHER_CALLS, mine->bytes[SIDE_IN] + mine->bytes[SIDE_OUT]);
+		mine->bytes[SIDE_IN] = mine->bytes[SIDE_OUT] = 0;
+		return 0;
+	}
 	own = copied_for.lookup_or_try_init(&request, &none);
 	if (own)
 		move_copied(mine, own);

@@ -19,6 +19,9 @@ struct copied {
 BPF_TABLE("lru_hash", u32, struct copied, copied_by, 4096);    /* thread */
 BPF_TABLE("lru_hash", u64, struct copied, copied_for, 4096);   /* request of an io_uring */
 BPF_TABLE("percpu_array", u32, struct copied, copied_last, 1); /* in the call that returns */
+#if HAVE_FUSE_RING
+BPF_TABLE("lru_hash", u64, struct copied, copied_over_ring, 4096); /* request of FUSE */
+#endif
 BPF_TABLE("percpu_array", u32, u64, copied_outside, NR_OUTSIDE);
 BPF_TABLE("percpu_hash", struct key, struct copied, copied_tallies, MAX_TALLIES);
 
@@ -95,6 +98,18 @@ static __always_inline void take_request_copies(struct key *key, u64 request, u6
 	if (mine && mine->bytes[SIDE_IN] + mine->bytes[SIDE_OUT] <= bytes)
 		book_copies(key, mine, 0);
 }
+
+#if HAVE_FUSE_RING
+/* What was copied for a request of FUSE, to the server's memory or out of it, is a leg of *key*. */
+static __always_inline void take_ring_copies(struct key *key, u64 request)
+{
+	struct copied *own = copied_over_ring.lookup(&request);
+
+	if (own)
+		book_copies(key, own, 0);
+	copied_over_ring.delete(&request);
+}
+#endif
 
 #if FINDINGS && !FUSE_EVENTS
 /* A buffer whose page FUSE asked for (copies.c). */

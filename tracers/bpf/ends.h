@@ -11,11 +11,15 @@
 #define END_FIFO	  END(4, 0)
 #define END_CHAR(dev)	  END(5, dev)
 #define END_BLOCK	  END(6, 0)
+#define END_UBLK_DISK	  END(6, 1)
 #define END_SOCKET(family, type, protocol)                                                         \
 	END(7, (u64)(family) << 40 | (u64)(type) << 32 | (protocol))
-#define END_IS_FILESYSTEM(end) ((end) >> 56 == 0xff)
-#define END_IS_SOCKET(end)     ((end) >> 56 == 7)
-#define END_IS_PIPE(end)       ((end) == END_PIPE || (end) == END_FIFO)
+/* Memory of the kernel in a ring's table of buffers: what lets go of it tells whose it is. */
+#define END_REGISTERED(release) END(8, (release) << 8 >> 8)
+#define END_IS_FILESYSTEM(end)	((end) >> 56 == 0xff)
+#define END_IS_SOCKET(end)	((end) >> 56 == 7)
+#define END_IS_MEMORY(end)	((end) == END_USER || (end) >> 56 == 8)
+#define END_IS_PIPE(end)	((end) == END_PIPE || (end) == END_FIFO)
 
 #define S_IFMT		 0170000
 #define S_IFSOCK	 0140000
@@ -83,6 +87,19 @@ static __always_inline bool fuse_direct_io(u64 sb, u64 file)
 	return false;
 }
 
+/* A disk whose requests a server of ublk answers: by its name, as long as it is open. */
+static __always_inline bool is_ublk_disk(u64 file)
+{
+#if HAVE_DISK
+	u64 inode = read64(read64(file + FILE_MAPPING) + MAPPING_HOST), name;
+
+	name = read64(read64(inode - BDEV_INODE + BDEV_DISK) + DISK_NAME);
+	return (name & 0xffffffffff) == 0x626b6c6275; /* "ublkb" */
+#else
+	return false;
+#endif
+}
+
 static __always_inline void fill_end(struct end *end, u64 file)
 {
 	u64 sb;
@@ -110,7 +127,7 @@ static __always_inline void fill_end(struct end *end, u64 file)
 	}
 	end->direct = (read32(file + FILE_FLAGS) & O_DIRECT) != 0;
 	if (mode == S_IFBLK) {
-		end->id = END_BLOCK;
+		end->id = is_ublk_disk(file) ? END_UBLK_DISK : END_BLOCK;
 		return;
 	}
 	end->dax = (read32(end->inode + INODE_FLAGS) & S_DAX) != 0;

@@ -4,7 +4,9 @@
  * that was replaced was moved in (fuse_try_move_folio(), fs/fuse/dev.c).
  */
 #if HAVE_FUSE && HAVE_IDENTITY && IDENTITY
-#define FUSE_READ      15
+#ifndef FUSE_READ
+#define FUSE_READ 15
+#endif
 #define MAX_FUSE_PAGES 256
 
 struct fuse_read {
@@ -240,6 +242,15 @@ static __always_inline void judge_reply(u64 *ctx, u64 request, u64 array, u64 nr
 }
 
 #if CONTENTS
+static __always_inline u64 reply_length(u64 request)
+{
+#if HAVE_FUSE_RING
+	if (came_by_ring(request))
+		return ring_reply_length(request, false);
+#endif
+	return (u32)read32(request + FUSE_REPLY_LENGTH) - FUSE_OUT_HEADER;
+}
+
 /* Looks at the page that a READ's reply ends in, or begins with where it ends with a page. */
 static __always_inline void look_at_reply(u64 request, u64 array, u64 nr)
 {
@@ -249,7 +260,7 @@ static __always_inline void look_at_reply(u64 request, u64 array, u64 nr)
 
 	if (!reply || (u32)read32(request + FUSE_REPLY_ERROR) || is_direct_io(read64(array)))
 		return;
-	reply->payload = (u32)read32(request + FUSE_REPLY_LENGTH) - FUSE_OUT_HEADER;
+	reply->payload = reply_length(request);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_FUSE_PAGES; i++) {
 		u32 length = read32(descs + i * 8 + FUSE_DESC_LENGTH);
@@ -332,6 +343,9 @@ int tp_fuse_request_end(u64 *ctx)
 	struct fuse_read *before;
 	u32 i, tid = bpf_get_current_pid_tgid();
 
+#if HAVE_FUSE_RING
+	count_ring_reply(request);
+#endif
 #if FINDINGS
 	note_end();
 #endif

@@ -10,6 +10,10 @@
 #define REPORT_USAGE	     8		 /* IORING_SEND_ZC_REPORT_USAGE */
 #define REQ_F_CQE_SKIP	     (1 << 6)
 #define SPLICE_F_FD_IN_FIXED (1U << 31)
+#define OP_READ_FIXED	     4
+#define OP_WRITE_FIXED	     5
+#define OP_READV_FIXED	     60
+#define OP_WRITEV_FIXED	     61
 #define OP_SEND_ZC	     47
 #define OP_SENDMSG_ZC	     48
 #define OP_RECVMSG	     10
@@ -48,10 +52,30 @@ static __always_inline u64 splice_source(u64 request, u64 task)
 	return file_of(task, read32(request + IO_SPLICE_FD_IN));
 }
 
+/*
+ * Memory of the kernel that stands in the ring's table of buffers, by whose it is; 0 where the
+ * buffer is the caller's own (io_buffer_register_bvec(), io_uring/rsrc.c, 6.15).
+ */
+static __always_inline u64 registered_end(u64 request, u32 opcode)
+{
+#if HAVE_REGISTERED
+	u64 buffer;
+
+	if (opcode != OP_READ_FIXED && opcode != OP_WRITE_FIXED && opcode != OP_READV_FIXED &&
+	    opcode != OP_WRITEV_FIXED)
+		return 0;
+	buffer = read64(read64(request + KIOCB_BUF_NODE) + RSRC_NODE_BUF);
+	if (read8(buffer + BUFFER_IS_KERNELS) & 1)
+		return END_REGISTERED(read64(buffer + BUFFER_RELEASE));
+#endif
+	return 0;
+}
+
 static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, u64 task,
 					    struct call *call)
 {
 	u64 file = read64(request + KIOCB_FILE), source = USER_MEMORY, destination = USER_MEMORY;
+	u64 registered = registered_end(request, opcode);
 
 	if (shape == SHAPE_READ || shape == SHAPE_RECVFROM || shape == SHAPE_RECVMSG)
 		source = file;
@@ -60,6 +84,10 @@ static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, 
 	if (shape == SHAPE_SPLICE || shape == SHAPE_TEE)
 		source = splice_source(request, task);
 	fill_ends(call, source, destination);
+	if (registered && shape == SHAPE_READ)
+		call->destination.id = registered;
+	else if (registered)
+		call->source.id = registered;
 	/* send_zc does not ask for SO_ZEROCOPY. */
 	if (opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC)
 		call->flags = zerocopy_flags(sk_of(file));
@@ -205,7 +233,7 @@ int tp_io_uring_complete(u64 *ctx)
 		count_notification(&where, result);
 		return 0;
 	}
-	if (result <= 0)
+	if (result < 0)
 		return 0;
 	if (!request) {
 		found = uring_notes.lookup(&where);
@@ -215,7 +243,7 @@ int tp_io_uring_complete(u64 *ctx)
 	}
 	opcode = read8(request + KIOCB_OPCODE);
 	entry = uring_table.lookup(&opcode);
-	if (!entry || !*entry)
+	if (!entry || !*entry || !result != ((*entry & 0xff) == SHAPE_COMMAND))
 		return 0;
 	task = submitter(request);
 	tgid = read32(task + TASK_TGID);
@@ -227,6 +255,15 @@ int tp_io_uring_complete(u64 *ctx)
 	call->flags = 0;
 	shape = *entry & 0xff;
 	call->via = *entry >> 8;
+#if HAVE_FUSE_RING
+	if (shape == SHAPE_COMMAND) {
+		fill_end(&call->source, read64(request + KIOCB_FILE));
+		forget();
+		if (call->source.id == END_FUSE_DEVICE)
+			count_ring_request(call, request, task);
+		return 0;
+	}
+#endif
 	call->bytes = result;
 	ends_of_request(request, opcode, shape, task, call);
 	forget();
@@ -245,7 +282,7 @@ int tp_io_uring_complete(u64 *ctx)
 
 		uring_notes.update(&where, &note);
 	}
-	if (END_IS_SOCKET(call->source.id) && call->destination.id == END_USER)
+	if (END_IS_SOCKET(call->source.id) && END_IS_MEMORY(call->destination.id))
 		take_copied(call, tally);
 #if HAVE_IDENTITY && IDENTITY
 	{

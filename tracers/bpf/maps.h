@@ -82,7 +82,15 @@ BPF_HASH(filesystem_names, u64, struct name, 256);
  * Where programs run. From 7.0 on another task's may run in between on the same CPU, as long as it
  * is not the same one (__bpf_trace_run(), kernel/trace/bpf_trace.c): each has a place of its own.
  */
-enum place_of_program { AT_ENTER, AT_EXIT, AT_END, AT_SUBMIT, AT_COMPLETE, NR_PROGRAM_PLACES };
+enum place_of_program {
+	AT_ENTER,
+	AT_EXIT,
+	AT_END,
+	AT_SUBMIT,
+	AT_COMPLETE,
+	AT_REPLY,
+	NR_PROGRAM_PLACES,
+};
 
 static __always_inline void count_lost(u32 what)
 {
