@@ -42,16 +42,20 @@ class Workload:
     :param command: for a shell; {driver} and {server} are the test drivers, {rsplice} is the
         command, {python} the interpreter, {directory} is scratch, {btrfs} and {xfs} are mounted
     :param target: the largest difference that is right, as a share of the copied bytes
+    :param since: the first kernel that has what it calls
     """
 
     name: str
     command: str
     target: float = 0.0
+    since: Version = (5, 10)
 
 
-def _driver(arguments: str, target: float = 0.0, where: str = "") -> Workload:
+def _driver(
+    arguments: str, target: float = 0.0, where: str = "", since: Version = (5, 10)
+) -> Workload:
     command = f"{{driver}} {arguments} -n 23 -d {{{where or 'directory'}}} -o own"
-    return Workload(f"{where} {arguments}".strip(), command, target)
+    return Workload(f"{where} {arguments}".strip(), command, target, since)
 
 
 def _server(mode: str) -> Workload:
@@ -71,7 +75,7 @@ def _served(name: str, server: str, port: int) -> Workload:
 
 def _fio(engine: str) -> Workload:
     job = (
-        f"fio --name=it --filename=data --size=1M --bs=16K --rw=rw --randseed=7 --ioengine={engine}"
+        f"fio --name=it --filename=data --size=1M --bs=4K --rw=rw --randseed=7 --ioengine={engine}"
     )
     return Workload(f"fio {engine}", f"{job} --output=fio.out")
 
@@ -138,7 +142,7 @@ WORKLOADS = (
     _driver("readv -f fifo"),
     _driver("splice -f file -t pipe"),
     _driver("splice -f memfd -t pipe"),
-    _driver("splice -f /dev/zero -t pipe"),
+    _driver("splice -f /dev/zero -t pipe", since=(6, 5)),
     _driver("splice -f pipe -t pipe"),
     _driver("splice -f pipe -t file"),
     _driver("splice -f pipe -t memfd"),
@@ -165,7 +169,7 @@ WORKLOADS = (
     _driver("io_uring-read -f file -F async"),
     _driver("io_uring-write -t file"),
     _driver("io_uring-read -f file -F sqpoll"),
-    _driver("io_uring-send_zc -t tcp", TCP_TARGET),
+    _driver("io_uring-send_zc -t tcp", TCP_TARGET, since=(6, 0)),
     _driver("io_uring-recv -f tcp", TCP_TARGET),
     _driver("process_vm_readv"),
     # Other file systems.
@@ -490,7 +494,8 @@ def main() -> int:
             print(f"left out: {filesystem}: {why}", file=words)
         print(f"\n{HEADING}", file=words)
         for workload in WORKLOADS:
-            if options.only in workload.name and workload.name.split()[0] not in left_out:
+            missing_here = workload.name.split()[0] in left_out or workload.since > kernel_version()
+            if options.only in workload.name and not missing_here:
                 found.comparisons.append(run.compare(workload))
                 print(lines(found.comparisons[-1]), file=words, flush=True)
     if options.json == "-":

@@ -58,7 +58,9 @@ fds["control"].sendall(b"up\nru")
 fds["control"].sendall(b"n\n")
 if part == "panic":
     fds["console"].sendall(b"one\r\n\x1b]0;title\x07two\r\n")
-    fds["console"].sendall(b"[ 1.2] Kernel panic - not syncing: so\r\n")
+    fds["console"].sendall(b"[ 1.2] Kernel panic - not syncing: so\r\nCall Trace:\r\n")
+    for each in range(101):
+        fds["console"].sendall(b"[ 1.2]  ? frame %d\r\n" % each)
     sys.exit(0)
 if part == "hang":
     fds["console"].sendall(b"last words\n")
@@ -343,6 +345,8 @@ def test_what_a_guest_prints_is_shown_sanitised(
     assert main(["kernel", "run", RELEASE, "--", "true"]) == 125
     shown = capfd.readouterr().err
     assert "guest: one\n" in shown
+    assert "guest: [ 1.2] Kernel panic - not syncing: so\nguest: Call Trace:\n" in shown
+    assert len(shown.splitlines()) == 21 and "frame 0\n" in shown and "frame 99" not in shown
     assert "Kernel panic" in shown.splitlines()[-1]
     assert "\x1b" not in shown and "\x07" not in shown
 

@@ -21,12 +21,10 @@ class Copied:
 
     :param legs: by key of a tally: out of the source, and into the destination
     :param outside: by name of OUTSIDE
-    :param missed: events that the kernel did not tell of
     """
 
     legs: dict[bytes, tuple[int, int]] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
-    missed: int = 0
 
 
 class Copies:
@@ -40,7 +38,6 @@ class Copies:
         self.map = program.map("copied_tallies")
         self._outside = program.map("copied_outside")
         self._last = program.map("copied_last")
-        self._missed = program.missed
         self._retired: dict[bytes, tuple[int, int]] = {}
 
     def read(self) -> Copied:
@@ -54,7 +51,7 @@ class Copies:
             outside[OUTSIDE[where]] += sum(_SUM.unpack(value)[0] for value in values)
         # What no leg took of the last call on each CPU.
         outside["other_calls"] += sum(map(sum, (_sum(v) for _, v in self._last.items())))
-        return Copied(legs, outside, self._missed())
+        return Copied(legs, outside)
 
     def retire(self, key: bytes) -> None:
         """Takes what is known of a tally out of the kernel's map."""

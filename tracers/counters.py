@@ -91,6 +91,7 @@ class Counters:
         self._moved = program.map("nr_moved")
         self._pages = program.map("page_counts")
         self._lost = program.map("lost")
+        self._missed = program.missed
         self._declarations = program.map("declarations")
         self._names = program.map("filesystem_names")
         self._flows: Map | None = program.map("flows") if has_flows else None
@@ -311,7 +312,7 @@ class Counters:
         if self.findings:
             known = {p.key: Process(p.pid, p.comm) for p in reading.processes}
             reading.findings = self.findings.read(known, of)
-        reading.events_lost = self._count(self._lost) + copied.missed
+        reading.events_lost = self._count(self._lost) + self._missed()
         if self._lost_marks is not None:
             reading.events_lost += self._count(self._lost_marks)
         return reading

@@ -303,7 +303,7 @@ class Program:
         self._direct = direct
         self._fds: list[int] = []
         self._slow_fds: list[int] = []  # of uprobes, and of what is at functions of the kernel
-        self._at_functions: list[int] = []  # programs that missed() asks
+        self._attached: list[int] = []  # programs that missed() asks
         self._held: list[tuple[int, str]] = []  # programs that are attached again and again
         self._runs: dict[str, int] = {}  # those that run_once() has loaded
         self._functions = dict[str, bytes]()
@@ -339,11 +339,12 @@ class Program:
         """
         try:
             self._attach(program, tracepoint)
-            if hold:
-                self._held.append((program, tracepoint))
-        finally:
-            if (program, tracepoint) not in self._held:
-                os.close(program)
+        except BpfError:
+            os.close(program)
+            raise
+        self._attached.append(program)
+        if hold:
+            self._held.append((program, tracepoint))
 
     def _attach(self, program: int, tracepoint: str) -> None:
         name = _ffi.new("char[]", tracepoint.encode())
@@ -477,8 +478,10 @@ class Program:
         try:
             where = struct.pack("=QII", _address(name), program, 0)
             self._fds.append(_bpf(_RAW_TRACEPOINT_OPEN, where))
-        finally:
+        except BpfError:
             os.close(program)
+            raise
+        self._attached.append(program)
 
     def attach_fexit(self, function: str, kernel_function: str) -> None:
         """Attaches *function* to the return of a function of the kernel. BpfError on failure."""
@@ -495,14 +498,17 @@ class Program:
             os.close(program)
             raise
         self._slow_fds.append(link)
-        self._at_functions.append(program)
+        self._attached.append(program)
 
     def missed(self) -> int:
-        """How often the kernel passed over a program of attach_fexit(), since it ran already.
+        """How often the kernel passed over a program, since that ran already on the same CPU.
 
-        That is struct bpf_prog_info.recursion_misses, of Linux 5.12; 0 before that.
+        A program that an interrupt comes into is such a case; and from 7.0 on, any other task
+        that is let run in the midst of it (__bpf_trace_run(), kernel/trace/bpf_trace.c). It is
+        not known whose event it was. That is struct bpf_prog_info.recursion_misses, of Linux
+        5.12; 0 before that.
         """
-        return sum(map(_recursion_misses, self._at_functions))
+        return sum(map(_recursion_misses, self._attached))
 
     def attach_kretprobe(self, function: str, kernel_function: str) -> None:
         """Attaches *function* to the return of a function of the kernel or of a module of its.
@@ -542,10 +548,10 @@ class Program:
         self.detach()
         _close_all(self._slow_fds)
         self._slow_fds.clear()
-        for fd in self._at_functions:
+        for fd in self._attached:
             os.close(fd)
-        self._at_functions.clear()
-        for fd in [*self._runs.values(), *(program for program, _ in self._held)]:
+        self._attached.clear()
+        for fd in self._runs.values():
             os.close(fd)
         self._runs.clear()
         self._held.clear()

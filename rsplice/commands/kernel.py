@@ -181,7 +181,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def showing_console() -> Iterator[None]:
-    """Shows the last lines of a guest that failed."""
+    """Shows the last lines of a guest that failed, or the first ones of its panic."""
     from rsplice.dashboards.text import sanitise
 
     try:

@@ -14,6 +14,7 @@ from typing import IO
 from rsplice.audit import Audit
 from rsplice.errors import RspliceError
 from rsplice.kernel.cache import Kernel
+from rsplice.kernel.vm import dying_with_this_one
 from rsplice.recording import parse_audit
 
 _BOOT_SECONDS = 240.0
@@ -42,6 +43,7 @@ class GuestSource:
             stdout=subprocess.PIPE,
             stderr=kept,
             start_new_session=True,  # Ctrl-C is the view's
+            preexec_fn=dying_with_this_one(),
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -46,6 +46,7 @@ _INSTALLED = dict.fromkeys((sys.prefix, str(Path(__file__).parents[2])))
 #: The first ports, in the order that init.c knows.
 _STREAMS = ("control", "input", "output", "errors")
 _CONSOLE_LINES = 20
+_CONSOLE_WIDTH = 1000  #: bytes of a line that are kept
 _KVM_SECONDS = 8.0  #: a guest that KVM runs is up within one
 _BOOT_SECONDS = 180.0  #: an emulated one on a busy machine
 _ANSWER_SECONDS = 30.0
@@ -167,6 +168,19 @@ class _NotUp(Exception):
     """KVM did not get the guest up in time."""
 
 
+def dying_with_this_one() -> Callable[[], None]:
+    """For a child that is to be killed when this process ends, however it does: preexec_fn."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
 # --- one guest ------------------------------------------------------------------------------------
 
 
@@ -181,7 +195,9 @@ class _Guest:
         self._kvm = kvm
         self._cleanup = ExitStack()
         self._selector = self._cleanup.enter_context(selectors.DefaultSelector())
-        self._console: deque[bytes] = deque([b""], _CONSOLE_LINES)
+        self._console: deque[bytes] = deque(maxlen=_CONSOLE_LINES)
+        self._line = b""  # the console's last, as far as it is here
+        self._panic: bytes | None = None
         self._words = b""
         self._up = self._running = False
         self._status: int | None = None
@@ -224,14 +240,6 @@ class _Guest:
         self._input = self._ours[2]
         complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the stack)
         self._complaints = self._cleanup.enter_context(complaints)
-        parent = os.getpid()
-        libc = ctypes.CDLL(None)
-
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
         self._qemu = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -239,7 +247,7 @@ class _Guest:
             stderr=self._complaints,
             pass_fds=[initrd, *(each.fileno() for each in theirs)],
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=dying_with_this_one(),
         )
         self._cleanup.callback(self._end)
         for each in theirs:
@@ -320,9 +328,18 @@ class _Guest:
     def _take_console(self, data: bytes) -> None:
         if self._setup.console:
             self._setup.console(data)
-        first, *rest = data.split(b"\n")
-        self._console[-1] = (self._console[-1] + first)[-1000:]
-        self._console.extend(rest)
+        *lines, rest = (self._line + data).split(b"\n")
+        self._line = rest[-_CONSOLE_WIDTH:]
+        for line in lines:
+            self._keep(line[:_CONSOLE_WIDTH])
+
+    def _keep(self, line: bytes) -> None:
+        """The last lines, but of a panic the first: many more follow, and the cause stands here."""
+        if self._panic is None and (found := re.search(rb"Kernel panic[^\r]*", line)):
+            self._panic = found[0]
+            self._console = deque(list(self._console)[-_CONSOLE_LINES // 2 :])
+        if self._panic is None or len(self._console) < _CONSOLE_LINES:
+            self._console.append(line)
 
     def _take_control(self, data: bytes) -> None:
         *lines, self._words = (self._words + data).split(b"\n")
@@ -394,14 +411,14 @@ class _Guest:
     # --- failures ---
 
     def _failed(self, why: str) -> GuestFailed:
-        lines = [line.decode(errors="replace").rstrip("\r") for line in self._console]
+        kept = [*self._console, self._line] if self._panic is None else self._console
+        lines = [line.decode(errors="replace").rstrip("\r") for line in kept]
         return GuestFailed(why, [line for line in lines if line.strip()])
 
     def _why_ended(self) -> str:
         # Panicked: it asked for a reboot, and QEMU ended.
-        console = b"\n".join(self._console)
-        if found := re.search(rb"Kernel panic[^\n\r]*", console):
-            return f"the guest ended: {found[0].decode(errors='replace')}"
+        if self._panic is not None:
+            return f"the guest ended: {self._panic.decode(errors='replace')}"
         with suppress(subprocess.TimeoutExpired):
             self._qemu.wait(5)
         self._complaints.seek(0)

@@ -13,7 +13,7 @@
 static const char usage[] =
 	"usage: driver OPERATION [-n COUNT] [-s SIZE] [-a OFFSET] [-f SOURCE]\n"
 	"              [-t DESTINATION] [-d DIRECTORY] [-o REPORT] [-C COMM]\n"
-	"              [-F move,gift,zerocopy,trunc,peek,async,sqpoll] [-W]\n"
+	"              [-F move,gift,zerocopy,trunc,peek,async,sqpoll,defer] [-W]\n"
 	"       driver list\n"
 	"Makes exactly COUNT (23) calls of SIZE (16384) bytes and says what it\n"
 	"did as JSON. SOURCE, DESTINATION: file, direct, memfd, pipe, fifo, tcp,\n"
@@ -51,8 +51,9 @@ static __attribute__((noreturn)) void misused(void)
 
 static unsigned int parse_flags(char *text)
 {
-	char *const names[] = {(char *)"move", (char *)"gift",	(char *)"zerocopy", (char *)"trunc",
-			       (char *)"peek", (char *)"async", (char *)"sqpoll",   NULL};
+	char *const names[] = {(char *)"move",	 (char *)"gift",  (char *)"zerocopy",
+			       (char *)"trunc",	 (char *)"peek",  (char *)"async",
+			       (char *)"sqpoll", (char *)"defer", NULL};
 	unsigned int flags = 0;
 	char *value;
 

@@ -25,6 +25,7 @@ enum flag {
 	FLAG_PEEK = 1 << 4,	/* MSG_PEEK */
 	FLAG_ASYNC = 1 << 5,	/* IOSQE_ASYNC: an io_uring worker does it */
 	FLAG_SQPOLL = 1 << 6,	/* IORING_SETUP_SQPOLL */
+	FLAG_DEFER = 1 << 7,	/* IORING_SETUP_DEFER_TASKRUN: its own thread completes */
 };
 
 struct options {

@@ -14,6 +14,8 @@
 #define RECV_MULTISHOT	      (1U << 1) /* Linux 6.0 */
 #define SEND_ZC_REPORT_USAGE  (1U << 3) /* Linux 6.2 */
 #define NOTIF_USAGE_ZC_COPIED (1U << 31)
+#define SETUP_SINGLE_ISSUER   (1U << 12) /* Linux 6.0 */
+#define SETUP_DEFER_TASKRUN   (1U << 13) /* Linux 6.1 */
 #define BUFFERS		      16
 #define GROUP		      7
 
@@ -44,6 +46,8 @@ static void setup(const struct options *options)
 
 	if (options->flags & FLAG_SQPOLL)
 		params.flags = IORING_SETUP_SQPOLL;
+	if (options->flags & FLAG_DEFER)
+		params.flags |= SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN;
 	error = io_uring_queue_init_params(8, &ring, &params);
 	if (error) {
 		errno = -error;
