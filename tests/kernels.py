@@ -40,6 +40,7 @@ TESTS = (
     "tests/real/test_driver.py",
     "tests/real/test_measured.py",
     "tests/real/test_findings.py",
+    "tests/real/test_descendants.py",
 )
 #: The same again with slower memory reads, which every kernel has: once is enough.
 _LEFT_OUT = re.compile(r"probe reads|bpf_probe_read_kernel")
@@ -73,6 +74,12 @@ NOT_SEEN: tuple[NotSeen, ...] = (
         (6, 11),
         _NOT_ASKED_FOR,
     ),
+    NotSeen(r"descendants.*\[ublk-buffer\]", (6, 4), "ublk takes encoded commands since 6.4"),
+    NotSeen(r"descendants.*\[ublk-copy\]", (6, 5), "ublk has UBLK_F_USER_COPY since 6.5"),
+    NotSeen(r"descendants.*passthrough_file", (6, 9), "FUSE has passthrough since 6.9"),
+    NotSeen(r"descendants.*\[(ring|direct|write)-copy", (6, 14), "FUSE over io_uring is of 6.14"),
+    NotSeen(r"descendants.*\[ublk-(cached|zero)\]", (6, 16), "ublk has AUTO_BUF_REG since 6.16"),
+    NotSeen(r"descendants.*\[(ring|direct|write)-", (7, 3), "zero copy of FUSE is of 7.3"),
 )
 
 #: Skips that say what a kernel does, not what it lacks.

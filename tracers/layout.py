@@ -203,6 +203,10 @@ FIELDS: list[Field] = [
         "registered",
         """
         KIOCB_BUF_NODE io_kiocb.buf_node
+        KIOCB_BUF_INDEX io_kiocb.buf_index
+        RING_BUFFERS io_ring_ctx.buf_table
+        TABLE_NR io_rsrc_data.nr
+        TABLE_NODES io_rsrc_data.nodes
         RSRC_NODE_BUF io_rsrc_node.buf
         BUFFER_RELEASE io_mapped_ubuf.release
         BUFFER_IS_KERNELS io_mapped_ubuf.flags | io_mapped_ubuf.is_kbuf

@@ -16,6 +16,7 @@
 #define NOTIF_USAGE_ZC_COPIED (1U << 31)
 #define SETUP_SINGLE_ISSUER   (1U << 12) /* Linux 6.0 */
 #define SETUP_DEFER_TASKRUN   (1U << 13) /* Linux 6.1 */
+#define FIXED_BUFFER	      (1U << 2) /* IORING_RECVSEND_FIXED_BUF, Linux 6.0 */
 #define BUFFERS		      16
 #define GROUP		      7
 
@@ -133,6 +134,8 @@ static struct done transfer(const struct how *how, int fd, const struct options 
 	case IORING_OP_SEND_ZC:
 	case IORING_OP_SENDMSG_ZC:
 		sqe->ioprio = SEND_ZC_REPORT_USAGE;
+		if (how->shape == FIXED)
+			sqe->ioprio |= FIXED_BUFFER;
 		break;
 	case IORING_OP_SEND:
 	case IORING_OP_RECV:
@@ -298,6 +301,8 @@ const struct operation ring_operations[] = {
 	RING("send", run_out, NULL, "tcp", PLAIN, IORING_OP_SEND),
 	RING("sendmsg", run_out, NULL, "tcp", MESSAGE, IORING_OP_SENDMSG),
 	RING("send_zc", run_out, NULL, "tcp", PLAIN, IORING_OP_SEND_ZC),
+	{"io_uring-send_zc_fixed", run_out, NULL, "tcp",
+	 &(const struct how){"io_uring send_zc", FIXED, IORING_OP_SEND_ZC}},
 	RING("sendmsg_zc", run_out, NULL, "tcp", MESSAGE, IORING_OP_SENDMSG_ZC),
 	RING("splice", run_relay, "file", "pipe", PLAIN, IORING_OP_SPLICE),
 	RING("tee", run_relay, "pipe", "pipe", PLAIN, IORING_OP_TEE),

@@ -167,6 +167,7 @@ CASES = [
     writes("io_uring send", "tcp", "tcp"),
     writes("io_uring sendmsg", "tcp", "tcp"),
     writes("io_uring send_zc", "tcp", "tcp"),
+    Case("io_uring-send_zc_fixed", USER, "tcp", "io_uring send_zc", COPIED),
     writes("io_uring sendmsg_zc", "tcp", "tcp"),
     relays("io_uring splice", "file", "pipe", ("ext4", "pipe"), SHARED),
     relays("io_uring splice", "pipe", "tcp", ("pipe", "tcp"), SHARED),

@@ -10,6 +10,7 @@
 #define REPORT_USAGE	     8		 /* IORING_SEND_ZC_REPORT_USAGE */
 #define REQ_F_CQE_SKIP	     (1 << 6)
 #define SPLICE_F_FD_IN_FIXED (1U << 31)
+#define FIXED_BUF	     4 /* IORING_RECVSEND_FIXED_BUF */
 #define OP_READ_FIXED	     4
 #define OP_WRITE_FIXED	     5
 #define OP_READV_FIXED	     60
@@ -17,6 +18,7 @@
 #define OP_SEND_ZC	     47
 #define OP_SENDMSG_ZC	     48
 #define OP_RECVMSG	     10
+#define OP_SEND		     26
 #define OP_RECV		     27
 #define OP_READ_MULTISHOT    49
 
@@ -52,30 +54,60 @@ static __always_inline u64 splice_source(u64 request, u64 task)
 	return file_of(task, read32(request + IO_SPLICE_FD_IN));
 }
 
+#if HAVE_REGISTERED
 /*
- * Memory of the kernel that stands in the ring's table of buffers, by whose it is; 0 where the
- * buffer is the caller's own (io_buffer_register_bvec(), io_uring/rsrc.c, 6.15).
+ * The entry in the ring's table of buffers that a request names, 0 for none. Requests of reading
+ * and writing keep it; those of zero-copy sends leave it to their notification, which may be gone:
+ * the table still has it.
  */
-static __always_inline u64 registered_end(u64 request, u32 opcode)
+static __always_inline u64 buffer_node(u64 request, u32 opcode)
+{
+	u64 table = read64(request + KIOCB_CTX) + RING_BUFFERS;
+	u32 index = read16(request + KIOCB_BUF_INDEX);
+
+	if (opcode != OP_SEND && opcode != OP_RECV && opcode != OP_SEND_ZC &&
+	    opcode != OP_SENDMSG_ZC)
+		return read64(request + KIOCB_BUF_NODE);
+	return index < (u32)read32(table + TABLE_NR)
+		       ? read64(read64(table + TABLE_NODES) + index * 8)
+		       : 0;
+}
+
+static __always_inline bool names_buffer(u64 request, u32 opcode)
+{
+	if (opcode == OP_SEND || opcode == OP_RECV || opcode == OP_SEND_ZC ||
+	    opcode == OP_SENDMSG_ZC)
+		return read16(request + IO_SEND_FLAGS) & FIXED_BUF;
+	return opcode == OP_READ_FIXED || opcode == OP_WRITE_FIXED || opcode == OP_READV_FIXED ||
+	       opcode == OP_WRITEV_FIXED;
+}
+#endif
+
+/*
+ * The end that a request's buffer is: memory of the kernel where such is in the ring's table, by
+ * whose it is (io_buffer_register_bvec(), io_uring/rsrc.c, 6.15), else the caller's own.
+ */
+static __always_inline u64 memory_end(u64 request, u32 opcode)
 {
 #if HAVE_REGISTERED
-	u64 buffer;
+	u64 node, buffer;
 
-	if (opcode != OP_READ_FIXED && opcode != OP_WRITE_FIXED && opcode != OP_READV_FIXED &&
-	    opcode != OP_WRITEV_FIXED)
-		return 0;
-	buffer = read64(read64(request + KIOCB_BUF_NODE) + RSRC_NODE_BUF);
+	if (!names_buffer(request, opcode))
+		return END_USER;
+	node = buffer_node(request, opcode);
+	if (!node)
+		return END_UNKNOWN;
+	buffer = read64(node + RSRC_NODE_BUF);
 	if (read8(buffer + BUFFER_IS_KERNELS) & 1)
 		return END_REGISTERED(read64(buffer + BUFFER_RELEASE));
 #endif
-	return 0;
+	return END_USER;
 }
 
 static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, u64 task,
 					    struct call *call)
 {
 	u64 file = read64(request + KIOCB_FILE), source = USER_MEMORY, destination = USER_MEMORY;
-	u64 registered = registered_end(request, opcode);
 
 	if (shape == SHAPE_READ || shape == SHAPE_RECVFROM || shape == SHAPE_RECVMSG)
 		source = file;
@@ -84,10 +116,11 @@ static __always_inline void ends_of_request(u64 request, u32 opcode, u32 shape, 
 	if (shape == SHAPE_SPLICE || shape == SHAPE_TEE)
 		source = splice_source(request, task);
 	fill_ends(call, source, destination);
-	if (registered && shape == SHAPE_READ)
-		call->destination.id = registered;
-	else if (registered)
-		call->source.id = registered;
+	forget();
+	if (call->destination.id == END_USER)
+		call->destination.id = memory_end(request, opcode);
+	else if (call->source.id == END_USER)
+		call->source.id = memory_end(request, opcode);
 	/* send_zc does not ask for SO_ZEROCOPY. */
 	if (opcode == OP_SEND_ZC || opcode == OP_SENDMSG_ZC)
 		call->flags = zerocopy_flags(sk_of(file));

@@ -349,6 +349,11 @@ int jt_fuse_request_end(u64 *ctx)
 
 	if (!hits || !before || !nr || read32(request + J_FUSE_ERROR))
 		return 0;
+#if HAVE_FUSE_RING
+	/* Nothing came by the reply: its server has had the pages filled. */
+	if (came_by_ring(request) && in_place(request, read64(request + FUSE_REQ_ARGS), FUSE_READ))
+		return 0;
+#endif
 #pragma clang loop unroll(disable)
 	for (i = 0; i < MAX_FUSE_PAGES; i++) {
 		u64 page, head;
