@@ -217,15 +217,18 @@ PIPE = _ends("pipe", "pipe, fifo")
 DAX = _ends("DAX file", dax=True)
 DISK_DIRECT = _ends("disk O_DIRECT", _DISK, direct=True)
 BTRFS_DIRECT = _ends("btrfs O_DIRECT", "btrfs", direct=True)
-OTHER_DIRECT = _ends("other O_DIRECT", f"{_PAGE_CACHE}, {_FUSE}, {_BY_MOUNT}", direct=True)
+OTHER_DIRECT = _ends(
+    "other O_DIRECT", f"{_PAGE_CACHE}, {_FUSE}, fuse passthrough, {_BY_MOUNT}", direct=True
+)
 CACHED = _ends("page cache", _PAGE_CACHE, direct=False)
 FUSE_CACHED = _ends("FUSE file", _FUSE, direct=False)
+PASSTHROUGH = _ends("FUSE passthrough", "fuse passthrough", direct=False)
 GFS2 = _ends("gfs2", "gfs2", direct=False)
 MEMORY = _ends("memory file", _MEMORY)
 MEMORY_DIRECT = _ends("memory file O_DIRECT", _MEMORY, direct=True)
 BY_MOUNT = _ends("by mount", _BY_MOUNT)
 REFLINK = _ends("reflink", "btrfs, xfs, bcachefs, ocfs2, overlay, unknown")
-SERVER_COPY = _ends("server copy", f"nfs, nfs4, {_FUSE}, {_BY_MOUNT}")
+SERVER_COPY = _ends("server copy", f"nfs, nfs4, {_FUSE}, fuse passthrough, {_BY_MOUNT}")
 GENERATED = _ends(
     "generated",
     "proc, sysfs, cgroup, cgroup2, debugfs, tracefs, configfs, securityfs, selinuxfs, bpf, "
@@ -253,7 +256,7 @@ _OPERATIONS = (
 _ENDS = (
     *(UNKNOWN, USER, PIPE, DAX, DISK_DIRECT, BTRFS_DIRECT, OTHER_DIRECT, CACHED, FUSE_CACHED, GFS2),
     *(MEMORY, MEMORY_DIRECT, BY_MOUNT, REFLINK, SERVER_COPY, GENERATED, MESSAGES, TTY, SINK),
-    *(SOCKET, TCP, UDP, UNIX, AF_ALG, FUSE_DEVICE, UBLK_DEVICE, REGISTERED),
+    *(SOCKET, TCP, UDP, UNIX, AF_ALG, FUSE_DEVICE, PASSTHROUGH, UBLK_DEVICE, REGISTERED),
 )
 
 
@@ -434,6 +437,19 @@ RULES: tuple[Rule, ...] = (
     Rule(SPLICES, PIPE, FUSE_CACHED, "copied",
          "no file takes pages from a pipe: the kernel copies them to the page cache",
          "fs/fuse/file.c:fuse_file_operations"),
+    # FUSE files that the kernel reads and writes another file for, without the server (6.9).
+    Rule(READS, PASSTHROUGH, USER, "copied",
+         "the kernel copies from the page cache of the backing file to user memory",
+         "fs/fuse/passthrough.c:fuse_passthrough_read_iter", since=(6, 9)),
+    Rule(WRITES, USER, PASSTHROUGH, "copied",
+         "the kernel copies from user memory to the page cache of the backing file",
+         "fs/fuse/passthrough.c:fuse_passthrough_write_iter", since=(6, 9)),
+    Rule(SPLICES, PASSTHROUGH, PIPE, "unknown",
+         "the backing file lends its page cache as its own file system does: which was not seen",
+         "fs/fuse/passthrough.c:fuse_passthrough_splice_read", since=(6, 9)),
+    Rule(SPLICES, PIPE, PASSTHROUGH, "copied",
+         "no file takes pages from a pipe: the kernel copies them to the backing file's page cache",
+         "fs/fuse/passthrough.c:fuse_passthrough_splice_write", since=(6, 9)),
     # Files without a page cache.
     Rule(READS, GENERATED, USER, "copied",
          "the kernel makes the bytes of {source} as they are read",

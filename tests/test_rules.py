@@ -131,6 +131,14 @@ def test_a_ublk_disk_has_a_page_cache_and_a_server_behind_it() -> None:
     assert verdict("pread64", server, USER).copies == 1
 
 
+def test_a_passthrough_file_is_read_and_written_by_the_backing_files_page_cache() -> None:
+    file = Endpoint("fuse passthrough")
+    assert verdict("read", file, USER).copies == verdict("write", USER, file).copies == 1
+    assert verdict("splice", file, PIPE).disposition == "unknown"
+    assert verdict("splice", PIPE, file).disposition == "copied"
+    assert verdict("read", Endpoint(file.kind, direct=True), USER).disposition == "unknown"
+
+
 def test_requests_of_fuse_come_with_a_command_of_the_ring() -> None:
     command = verdict("io_uring uring_cmd", FUSE_DEVICE, USER)
     assert (command.disposition, command.copies) == ("copied", 1)

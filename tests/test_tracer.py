@@ -231,6 +231,7 @@ def test_closing_detaches_every_program(data: Path) -> None:
         (6 << 56, "block device"),
         (6 << 56 | 1, "ublk disk"),
         (8 << 56 | 1, "kernel buffer"),
+        (9 << 56, "fuse passthrough"),
         (7 << 56 | 2 << 40 | 1 << 32 | 6, "tcp"),
         (7 << 56 | 10 << 40 | 2 << 32 | 17, "udp"),
         (7 << 56 | 2 << 40 | 3 << 32 | 1, "raw"),

@@ -7,7 +7,7 @@ import socket
 from functools import lru_cache
 from pathlib import Path
 
-_UNKNOWN, _USER, _PIPE, _FIFO, _CHAR, _BLOCK, _SOCKET, _REGISTERED = range(1, 9)
+_UNKNOWN, _USER, _PIPE, _FIFO, _CHAR, _BLOCK, _SOCKET, _REGISTERED, _PASSTHROUGH = range(1, 10)
 _FILESYSTEM = 0xFF
 _CACHE_WRITEBACK = 0b0100
 _FUSE_DEVICE = 10 << 20 | 229
@@ -17,6 +17,7 @@ _SIMPLE = {
     _USER: "user memory",
     _PIPE: "pipe",
     _FIFO: "fifo",
+    _PASSTHROUGH: "fuse passthrough",
 }
 #: Who puts memory of the kernel into a ring's table of buffers: the function that lets go of it.
 _REGISTRARS = {"fuse_zero_copy_release": "fuse request", "ublk_io_release": "ublk request"}

@@ -369,5 +369,8 @@ def _resolve_variants(btf: Btf, layout: Layout) -> None:
     constants["FUSE_ZERO_COPY"] = int(queue is not None and bit is not None)
     constants["FUSE_QUEUE_ZERO_COPY"] = queue.offset if queue else 0
     constants["FUSE_ARGS_ZERO_COPY"] = bit or 0
+    backing = btf.member("fuse_file.passthrough")  # 6.9
+    constants["FUSE_PASSTHROUGH"] = int(backing is not None)
+    constants["FUSE_FILE_BACKING"] = backing.offset if backing else 0
     pt_regs = btf.struct_id("pt_regs")
     constants["BTF_PT_REGS"] = pt_regs or 0

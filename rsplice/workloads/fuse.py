@@ -40,6 +40,7 @@ from rsplice.workloads.core import (
 from rsplice.workloads.mounts import (
     FUSE,
     FUSE_DEVICE,
+    PASSTHROUGH,
     Readers,
     fuse_module,
     wait_unmounted,
@@ -329,7 +330,8 @@ class _Readers:
         digest = hashlib.blake2b()
         with open(self._server.mountpoint / file.name, "rb", buffering=0) as shown:
             os.posix_fadvise(shown.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            end = transfer.End(shown.fileno(), FUSE)
+            passes = self._settings.mode == "passthrough"
+            end = transfer.End(shown.fileno(), PASSTHROUGH if passes else FUSE)
             for _ in range(-(-file.size // len(buffer))):
                 got = transfer.read(calls, end, buffer)
                 digest.update(buffer[:got])

@@ -18,6 +18,7 @@ from rsplice.workloads.core import Budget, Calls, Crew, Progress, Settings
 
 #: What a file of a FUSE filesystem and the device that a server replies to are called in an audit.
 FUSE = "fuse"
+PASSTHROUGH = "fuse passthrough"
 FUSE_DEVICE = "fuse device"
 
 _POLL_S = 0.01

@@ -283,7 +283,9 @@ def test_no_data_goes_through_the_server_of_a_passthrough_file(passthrough: Work
 def test_a_passthrough_file_is_copied_once_out_of_the_backing_files_cache(
     passthrough: Workload,
 ) -> None:
-    (read,) = [p for p in passthrough.result.paths("rsplice-reader") if p["source"] == "fuse"]
+    (read,) = [
+        p for p in passthrough.result.paths("rsplice-reader") if p["source"] == "fuse passthrough"
+    ]
     assert read["payload_bytes"] == read["copied"] == read["copy_bytes"] == SIZE
     measured = passthrough.result.json["accuracy"]["measured_at"]
     assert read["evidence"] == ("measured" if measured else "inferred")

@@ -16,6 +16,7 @@
 	END(7, (u64)(family) << 40 | (u64)(type) << 32 | (protocol))
 /* Memory of the kernel in a ring's table of buffers: what lets go of it tells whose it is. */
 #define END_REGISTERED(release) END(8, (release) << 8 >> 8)
+#define END_PASSTHROUGH		END(9, 0)
 #define END_IS_FILESYSTEM(end)	((end) >> 56 == 0xff)
 #define END_IS_SOCKET(end)	((end) >> 56 == 7)
 #define END_IS_MEMORY(end)	((end) == END_USER || (end) >> 56 == 8)
@@ -23,6 +24,7 @@
 
 #define S_IFMT		 0170000
 #define S_IFSOCK	 0140000
+#define S_IFREG		 0100000
 #define S_IFBLK		 0060000
 #define S_IFCHR		 0020000
 #define S_IFIFO		 0010000
@@ -77,14 +79,22 @@ static __always_inline u64 socket_end(u64 file)
 /* Stands for a file where an end is user memory. */
 #define USER_MEMORY 1
 
-/* A FUSE file that its server opened with FOPEN_DIRECT_IO has no page cache, like O_DIRECT. */
-static __always_inline bool fuse_direct_io(u64 sb, u64 file)
+/*
+ * A file of FUSE: one that its server opened with FOPEN_DIRECT_IO has no page cache, like O_DIRECT;
+ * else the kernel may read and write another file in its place (fuse_file_read_iter()).
+ */
+static __always_inline void look_at_fuse(struct end *end, u64 file)
 {
 #if HAVE_FUSE
-	if (read64(sb + SB_MAGIC) == FUSE_SUPER_MAGIC)
-		return read32(read64(file + FILE_PRIVATE) + FUSE_FILE_FLAGS) & FOPEN_DIRECT_IO;
+	u64 private = read64(file + FILE_PRIVATE);
+
+	if (read32(private + FUSE_FILE_FLAGS) & FOPEN_DIRECT_IO)
+		end->direct = 1;
+#if FUSE_PASSTHROUGH
+	else if (read64(private + FUSE_FILE_BACKING))
+		end->id = END_PASSTHROUGH;
 #endif
-	return false;
+#endif
 }
 
 /* A disk whose requests a server of ublk answers: by its name, as long as it is open. */
@@ -131,8 +141,9 @@ static __always_inline void fill_end(struct end *end, u64 file)
 		return;
 	}
 	end->dax = (read32(end->inode + INODE_FLAGS) & S_DAX) != 0;
-	end->direct |= fuse_direct_io(sb, file);
 	end->id = read64(sb + SB_TYPE) | ((read64(sb + SB_FLAGS) & SB_KERNMOUNT) != 0);
+	if (read64(sb + SB_MAGIC) == FUSE_SUPER_MAGIC && mode == S_IFREG)
+		look_at_fuse(end, file);
 }
 
 /* Keeps the name of a filesystem for the reader. Called once per new key. */
