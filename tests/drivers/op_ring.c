@@ -16,7 +16,7 @@
 #define NOTIF_USAGE_ZC_COPIED (1U << 31)
 #define SETUP_SINGLE_ISSUER   (1U << 12) /* Linux 6.0 */
 #define SETUP_DEFER_TASKRUN   (1U << 13) /* Linux 6.1 */
-#define FIXED_BUFFER	      (1U << 2) /* IORING_RECVSEND_FIXED_BUF, Linux 6.0 */
+#define FIXED_BUFFER	      (1U << 2)	 /* IORING_RECVSEND_FIXED_BUF, Linux 6.0 */
 #define BUFFERS		      16
 #define GROUP		      7
 
