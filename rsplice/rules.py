@@ -208,10 +208,7 @@ _PAGE_CACHE = (
 )
 _FUSE = "fuse, fuseblk, virtiofs"
 _MEMORY = "tmpfs, memfd, ramfs, devtmpfs, rootfs, hugetlbfs"
-_BY_MOUNT = (
-    "9p, cifs, smb3, ceph, pvfs2, fuse of unknown caching, fuseblk of unknown caching, "
-    "virtiofs of unknown caching"
-)
+_BY_MOUNT = "9p, cifs, smb3, ceph, pvfs2"
 
 ANY = _ends("any")
 UNKNOWN = _ends("unknown", "unknown")

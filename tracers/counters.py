@@ -77,18 +77,11 @@ class Counters:
     :param has_flows: what leaves sockets is watched
     :param nr_slots: entries of the map "slots"
     :param has_marks: probes of librsplice are watched
-    :param fuse_is_read: as for kinds.kind_name()
     """
 
     def __init__(
-        self,
-        program: Program,
-        has_flows: bool,
-        nr_slots: int,
-        has_marks: bool = False,
-        fuse_is_read: bool = True,
+        self, program: Program, has_flows: bool, nr_slots: int, has_marks: bool = False
     ) -> None:
-        self._fuse_is_read = fuse_is_read
         self._nr_slots = nr_slots
         self._tallies = program.map("tallies")
         self._processes = program.map("processes")
@@ -218,7 +211,10 @@ class Counters:
 
     def nr_lost(self) -> int:
         """Events that were lost so far."""
-        return self._count(self._lost)
+        lost = self._count(self._lost) + self._missed()
+        if self._lost_marks is not None:
+            lost += self._count(self._lost_marks)
+        return lost
 
     def retire_keys(self, gone: Container[int]) -> None:
         """Retires the counters under the keys *gone*."""
@@ -319,9 +315,7 @@ class Counters:
         if self.findings:
             known = {p.key: Process(p.pid, p.comm) for p in reading.processes}
             reading.findings = self.findings.read(known, of)
-        reading.events_lost = self._count(self._lost) + self._missed()
-        if self._lost_marks is not None:
-            reading.events_lost += self._count(self._lost_marks)
+        reading.events_lost = self.nr_lost()
         return reading
 
     def _read_marks(self) -> list[Mark]:
@@ -442,7 +436,7 @@ class Counters:
             for address, values in self._names.items():
                 name = values[0].split(b"\0")[0].decode(errors="replace")
                 self._filesystems[struct.unpack("=Q", address)[0]] = name
-        return kind_name(end, self._filesystems, self._fuse_is_read)
+        return kind_name(end, self._filesystems)
 
 
 def _flags(flags: int) -> Iterator[str]:
