@@ -208,7 +208,10 @@ _PAGE_CACHE = (
 )
 _FUSE = "fuse, fuseblk, virtiofs"
 _MEMORY = "tmpfs, memfd, ramfs, devtmpfs, rootfs, hugetlbfs"
-_BY_MOUNT = "9p, cifs, smb3, ceph, pvfs2"
+_BY_MOUNT = (
+    "9p, cifs, smb3, ceph, pvfs2, fuse of unknown caching, fuseblk of unknown caching, "
+    "virtiofs of unknown caching"
+)
 
 ANY = _ends("any")
 UNKNOWN = _ends("unknown", "unknown")

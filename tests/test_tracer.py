@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from rsplice.audit import Endpoint
 from rsplice.errors import RspliceError
 from rsplice.events import Tally
 from rsplice.launch import Command
+from rsplice.rules import Leg, classify
 from rsplice.tracers import counters
 from rsplice.tracers import tracer as tracers
 from rsplice.tracers.kinds import kind_name
@@ -246,4 +248,14 @@ def test_closing_detaches_every_program(data: Path) -> None:
 )
 def test_ends_have_the_names_that_users_know(end: int, name: str) -> None:
     known = {0xFFFF888000001000: "ext4", 0xFFFF888000002000: "tmpfs"}
-    assert kind_name(end, known) == name
+    assert kind_name(end, known) == kind_name(end, known, False) == name
+
+
+@pytest.mark.parametrize("name", ["fuse", "fuseblk", "virtiofs"])
+def test_files_of_fuse_that_cannot_be_read_are_not_taken_for_cached_ones(name: str) -> None:
+    end = 0xFFFF888000001000
+    assert kind_name(end, {end: name}) == name
+    unknown = kind_name(end, {end: name}, False)
+    for direct in (False, True):
+        read = Leg("read", 0, Endpoint(unknown, direct), Endpoint("user memory"))
+        assert classify(read, (5, 10)).disposition == "unknown"

@@ -77,11 +77,18 @@ class Counters:
     :param has_flows: what leaves sockets is watched
     :param nr_slots: entries of the map "slots"
     :param has_marks: probes of librsplice are watched
+    :param fuse_is_read: as for kinds.kind_name()
     """
 
     def __init__(
-        self, program: Program, has_flows: bool, nr_slots: int, has_marks: bool = False
+        self,
+        program: Program,
+        has_flows: bool,
+        nr_slots: int,
+        has_marks: bool = False,
+        fuse_is_read: bool = True,
     ) -> None:
+        self._fuse_is_read = fuse_is_read
         self._nr_slots = nr_slots
         self._tallies = program.map("tallies")
         self._processes = program.map("processes")
@@ -436,7 +443,7 @@ class Counters:
             for address, values in self._names.items():
                 name = values[0].split(b"\0")[0].decode(errors="replace")
                 self._filesystems[struct.unpack("=Q", address)[0]] = name
-        return kind_name(end, self._filesystems)
+        return kind_name(end, self._filesystems, self._fuse_is_read)
 
 
 def _flags(flags: int) -> Iterator[str]:

@@ -12,6 +12,9 @@ _FILESYSTEM = 0xFF
 _CACHE_WRITEBACK = 0b0100
 _FUSE_DEVICE = 10 << 20 | 229
 
+#: File systems whose servers say by file whether it is cached (FOPEN_DIRECT_IO).
+_FUSE = ("fuse", "fuseblk", "virtiofs")
+
 _SIMPLE = {
     _UNKNOWN: "unknown",
     _USER: "user memory",
@@ -36,16 +39,19 @@ def is_filesystem(end: int) -> bool:
     return end >> 56 == _FILESYSTEM
 
 
-def kind_name(end: int, filesystems: dict[int, str]) -> str:
+def kind_name(end: int, filesystems: dict[int, str], fuse_is_read: bool = True) -> str:
     """The kind as a user names it.
 
     :param end: the word
     :param filesystems: names by address of struct file_system_type
+    :param fuse_is_read: whether files of FUSE tell if they pass by the page cache (ends.h)
     """
     if is_filesystem(end):
         name = filesystems.get(end & ~1, "unknown filesystem")
         if name == "9p" and _caches_9p():
             return "9p with a cache"
+        if name in _FUSE and not fuse_is_read:
+            return f"{name} of unknown caching"
         return "memfd" if end & 1 and name in ("tmpfs", "hugetlbfs") else name
     kind, value = end >> 56, end & ((1 << 56) - 1)
     if kind == _CHAR:

@@ -141,7 +141,12 @@ COPIES: tuple[Observation, ...] = (
     # fs/fuse/file.c: writes that a server gets at once, through the page cache
     Observation("copies of FUSE writes", ("fuse_perform_write",), "out", outside=True),
     # fs/btrfs/file.c
-    Observation("copies into btrfs", ("btrfs_buffered_write",), "out", outside=True),
+    Observation(
+        "copies into btrfs",
+        ("btrfs_buffered_write", "btrfs_buffered_write.isra.0"),
+        "out",
+        outside=True,
+    ),
     # fs/fuse/dev.c: memcpy(), which no module can probe either
     Observation(
         "copies of FUSE messages",

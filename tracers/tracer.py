@@ -200,7 +200,11 @@ class Tracer:
         self._page_size = layout.constants.get("PAGE_SIZE_OF", 0)
         has_flows = "net_dev_start_xmit" in self.attached
         self.counters = Counters(
-            self._program, has_flows, self._sizes["SLOTS"], bool(self.usdt_files)
+            self._program,
+            has_flows,
+            self._sizes["SLOTS"],
+            bool(self.usdt_files),
+            layout.has("fuse"),
         )
         if self.measures:
             self.counters.copies = Copies(self._program)
