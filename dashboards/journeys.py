@@ -96,7 +96,8 @@ def heading(story: Story) -> str:
 def _step_lines(step: Step, after: int, width: int) -> Iterator[Text]:
     who = " " + f"[{sanitise(step.comm)} {step.pid}]".replace(" ", _GLUE) if step.pid else ""
     what = sanitise(step.what).ljust(_WHAT - 1)
-    line = f"{elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
+    mark = "~" if step.moment == "snapshot" else ""
+    line = f"{mark + elapsed(after):>{_TIME}}  {what} {sanitise(step.detail)}{who}"
     indent = " " * (_TIME + 2 + _WHAT) if width >= _TIME + _WHAT + _DETAILS_MIN else "    "
     yield from wrapped(line.rstrip(), indent, width, "bold" if step.what == "finding" else "")
 

@@ -20,13 +20,18 @@ SHARE = 128
 
 #: What may happen to a page, and the marks of librsplice, in the order of tracers/bpf/journey.c.
 STEPS = ("queued", "taken", "moved", "filled", "inserted", "removed", "mapped", "unmapped",
-         "dirtied", "written back", "listed", "sent", "freed", "mark", "finding")  # fmt: skip
-HOWS = ("", "device", "reply", "internal", "onward", "teed", "kept")
+         "dirtied", "written back", "listed", "sent", "freed", "mark", "finding", "released",
+         "asked")  # fmt: skip
+HOWS = ("", "device", "reply", "internal", "onward", "teed", "kept", "granted")
+#: Steps that are told by whatever does them, and not by a look afterwards.
+AT_ONCE = ("inserted", "removed", "dirtied", "written back", "listed", "sent", "freed", "mark",
+           "finding", "released", "asked")  # fmt: skip
 MARKS = ("reserved", "filled", "published", "fell back", "aborted")
 
 _MARK = "librsplice"
 _FINDING = "finding"
-_MOMENTS = (_MARK, _FINDING)  #: what leaves the page in the state that it was in
+_ASKED = "asked"
+_MOMENTS = (_MARK, _FINDING, _ASKED)  #: what leaves the page in the state that it was in
 _SINKS = ("/dev/null", "/dev/zero")
 _SOCKETS = ("tcp", "udp", "unix", "udplite", "mptcp", "sctp", "vsock", "af_alg")
 
@@ -82,6 +87,8 @@ class Event:
     born_comm: str = ""
     born_exact: bool = False  #: False: allocated by then
     filled: int = 0  #: when a device filled it, 0 if that was not seen
+    born_mapped: int = 0  #: when it was first put into a page table, 0 if that was not seen
+    exact: bool = False  #: told at that very moment; else by a look afterwards
 
 
 @dataclass
@@ -97,13 +104,14 @@ class Step:
     mapcount: int | None = None
     flags: list[str] = field(default_factory=list)
     mapping: str = ""  #: the file whose page cache it is in, or "none"; "" if not known
+    moment: str = ""  #: "exact", or "snapshot": it was seen by a look afterwards; "" if not known
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Step:
-        return Step(**{name: data[name] for name in Step.__dataclass_fields__})
+        return Step(**{name: data[name] for name in Step.__dataclass_fields__ if name in data})
 
 
 @dataclass
@@ -276,11 +284,21 @@ def _births(ordered: Sequence[Event], start: int) -> list[tuple[_Place, Step]]:
         detail = "" if first.born_exact else "by then: its allocation passes no tracepoint"
         born = min(first.born, start)
         begin = Step(born, "allocated", detail, first.born_pid, first.born_comm)
+        begin.moment = _moment(first.born_exact)
     steps = [((begin.time_ns, 0, 0), begin)]
-    if first is not None and first.filled:
-        time = min(max(first.filled, begin.time_ns), start)
-        steps.append(((time, 1, 0), Step(time, "filled", "by a device")))
+    if first is not None:
+        for when, what, detail in (
+            (first.born_mapped, "mapped", "into a page table, as new memory"),
+            (first.filled, "filled", "by a device"),
+        ):
+            time = min(max(when, begin.time_ns), start)
+            if when:
+                steps.append(((time, 1, 0), Step(time, what, detail, moment=_moment(True))))
     return steps
+
+
+def _moment(exact: bool) -> str:
+    return "exact" if exact else "snapshot"
 
 
 def _marks(
@@ -302,6 +320,7 @@ def _mark(
 ) -> tuple[_Place, Step]:
     size = "" if nbytes is None else f" {nbytes} bytes"
     step = Step(time, _MARK, f"{word}{size} (call {event.call})", event.pid, event.comm)
+    step.moment = _moment(True)
     # A story ends with its page: that the call goes on is told at the end, not behind it.
     if end is not None and time > end:
         step.detail += ", after the page was freed"
@@ -311,7 +330,8 @@ def _mark(
 
 def _step(event: Event, time: int) -> Step:
     what, detail = _words(event)
-    return Step(time, what, detail, event.pid, event.comm, **_state(event))
+    moment = _moment(event.exact)
+    return Step(time, what, detail, event.pid, event.comm, **_state(event), moment=moment)
 
 
 def _state(event: Event) -> dict[str, Any]:
@@ -347,19 +367,32 @@ def _words(event: Event) -> tuple[str, str]:
         return _taken(event, by)
     if event.step == "finding":
         return _FINDING, event.finding
+    if event.step == "moved" and event.via != "fuse reply":
+        return "stolen", "into a page cache, in the place of another page"
     if event.step == "moved":
         return "stolen", "into the reader's page cache by a FUSE reply"
+    if event.step == "asked":
+        answer = "given" if event.how == "granted" else "refused"
+        return _ASKED, f"for by a FUSE reply, and {answer}"
+    if event.step == "unmapped":
+        return "unmapped", _unmapped(event)
     if event.step == "filled":
         return "filled", "copied out of a FUSE reply" if event.how == "reply" else "by a device"
     places = {
         "inserted": f"page {event.index} of the file",
         "removed": "from the page cache",
         "mapped": "into a page table",
-        "unmapped": "from the page tables, by now",
+        "released": "by a pipe",
         "listed": "on an LRU list",
         "sent": "by a network device",
     }
     return event.step, places.get(event.step, "")
+
+
+def _unmapped(event: Event) -> str:
+    if not event.exact:
+        return "from the page tables, by now"
+    return "from a page table" if event.mapcount else "from the last page table"
 
 
 def _queued(event: Event, by: str) -> str:

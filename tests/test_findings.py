@@ -6,6 +6,7 @@ The text that decides runs in the kernel; here it is compiled as a library of th
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) 
         "unsigned refused(struct facts *f) { return why_refused(f); }\n"
         "unsigned published(struct facts *b, struct facts *n, int e)"
         " { return judge_published(b, n, e); }\n"
+        "unsigned insert(struct facts *f, unsigned b) { return judge_insert(f, b); }\n"
+        "unsigned put_back(struct facts *f) { return why_put_back(f); }\n"
         "unsigned fragment(unsigned long long m, unsigned f) { return judge_fragment(m, f); }\n"
         "unsigned tail(unsigned long long *w) { return judge_tail(w); }\n"
     )
@@ -50,12 +53,13 @@ def judge(tmp_path_factory: pytest.TempPathFactory, needs: Callable[..., None]) 
     ffi = FFI()
     ffi.cdef(
         "struct facts { unsigned long long page, mapping, page_flags; unsigned references;"
-        " int mapcount; unsigned pages, class, flags, offset, length, pad; };"
+        " int mapcount; unsigned pages, class, flags, offset, length, moment; };"
         "struct waiting { unsigned class, flags; unsigned long long mapping;"
         " int mapped, published, changed; };"
         "unsigned buffer(struct waiting *); unsigned reason(unsigned, int);"
         "unsigned refused(struct facts *);"
         "unsigned published(struct facts *, struct facts *, int);"
+        "unsigned insert(struct facts *, unsigned); unsigned put_back(struct facts *);"
         "unsigned fragment(unsigned long long, unsigned); unsigned tail(unsigned long long *);"
     )
     functions: Any = ffi.dlopen(str(library))
@@ -193,6 +197,50 @@ def test_pages_that_were_moved(
 
 
 @pytest.mark.parametrize(
+    ("before", "flags", "seen", "name"),
+    [
+        (1, (), {}, ""),
+        (0, (), {"pages": 16}, ""),
+        (0, ("LRU",), {"references": 2}, ""),  # what was before is not known
+        (1, (), {"references": 2}, ""),  # a lookup that comes at this very moment
+        (2, (), {}, ""),  # and one that has gone by now
+        (2, (), {"references": 2}, "published-while-referenced"),
+        (1, (), {"mapcount": 0}, "published-while-mapped"),
+        (0, (), {"mapcount": 3, "pages": 16}, "published-while-mapped"),
+        (1, ("SWAPBACKED",), {}, "published-activated"),
+        (0, ("DIRTY",), {}, "published-activated"),
+        (1, ("WRITEBACK",), {}, "published-activated"),
+        (1, (), {"mapping": FILE}, "double-owner"),
+        (0, (), {"mapping": FILE, "mapcount": 0}, "double-owner"),
+        (0, (), {"mapping": ANONYMOUS_MAPPING}, ""),  # not of another file
+    ],
+)
+def test_pages_that_are_about_to_enter_a_page_cache(
+    judge: Any, before: int, flags: tuple[str, ...], seen: dict[str, int], name: str
+) -> None:
+    assert NAMES[judge.library.insert(judge.facts(flags, **seen), before)] == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "seen", "reason"),
+    [
+        ((), {}, None),
+        ((), {"references": 2}, None),  # its pipe would not have given it away
+        ((), {"mapping": 0, "class": CACHE}, None),  # out of its file by now, as it should be
+        (("SWAPBACKED",), {}, "swap-backed"),
+        (("SWAPBACKED",), {"mapcount": 0}, "still mapped"),
+        ((), {"pages": 4}, "large folio"),
+        (("DIRTY",), {}, "dirty"),
+    ],
+)
+def test_why_a_page_that_its_pipe_gave_away_stayed(
+    judge: Any, flags: tuple[str, ...], seen: dict[str, int], reason: str | None
+) -> None:
+    known = REASONS[judge.library.put_back(judge.facts(flags, **seen))]
+    assert (known.reason if known else None) == reason
+
+
+@pytest.mark.parametrize(
     ("mapping", "flags", "name"),
     [
         (FILE, 0, "shared-frag-lost"),
@@ -234,6 +282,10 @@ def enumerators(name: str) -> list[str]:
 def test_names_stand_in_the_order_of_the_text() -> None:
     assert [n.lower().replace("_", "-") for n in enumerators("finding_name")[1:]] == list(NAMES[1:])
     assert len(enumerators("reason")) == len(REASONS)
+    moments = re.findall(
+        r"[A-Z_]+(?=,)", TEXT.read_text().split("enum moment {", 1)[1].split("}")[0]
+    )
+    assert [m.lower().replace("_", " the ") for m in moments] == list(findings.MOMENTS)
     assert len(enumerators("buffer_class")) == len(findings.CLASSES) + 1
 
 
@@ -243,6 +295,7 @@ OTHERS = {
     "could change": "changed-in-flight",
     "did change": "changed-in-flight",
     "written later": "gift-still-mapped",
+    "mapped to be written to": "changed-in-flight",
 }
 
 

@@ -220,6 +220,35 @@ def test_marks_are_those_of_the_calls_that_the_page_was_in() -> None:
     assert whats(story)[0] == "librsplice"
 
 
+def test_each_step_says_whether_it_was_seen_at_that_moment() -> None:
+    events = [
+        event(1000, "queued", first=True, born=600, born_exact=True, born_mapped=700, filled=800),
+        event(1100, "mapped", exact=True),
+        event(1200, "unmapped"),
+        event(1300, "freed", exact=True),
+    ]
+    (story,) = tell(events).stories
+    assert [(step.what, step.moment, step.time_ns) for step in story.steps] == [
+        ("allocated", "exact", 600),
+        ("mapped", "exact", 700),
+        ("filled", "exact", 800),
+        ("queued", "snapshot", 1000),
+        ("mapped", "exact", 1100),
+        ("unmapped", "snapshot", 1200),
+        ("freed", "exact", 1300),
+    ]
+    lines = [str(line) for line in story_lines(story, 80) if "(" not in str(line)]
+    assert [line.split()[0].startswith("~") for line in lines[1:8]] == [
+        step.moment == "snapshot" for step in story.steps
+    ]
+
+
+def test_steps_of_older_recordings_have_no_moment() -> None:
+    old = Step(5, "freed").to_json()
+    del old["moment"]
+    assert Step.from_json(old) == Step(5, "freed")
+
+
 def test_a_call_that_outlives_the_page_is_told_before_its_end() -> None:
     inside = {"call": 9, "call_time": 500}
     events = [
@@ -249,6 +278,13 @@ def test_a_call_that_outlives_the_page_is_told_before_its_end() -> None:
         ({"step": "taken", "end": "tmpfs", "how": "kept"}, "stolen", "page cache of tmpfs"),
         ({"step": "taken", "end": "fuse device", "via": "fuse reply"}, "copied", "fuse reply"),
         ({"step": "moved", "via": "fuse reply"}, "stolen", "the reader's page cache"),
+        ({"step": "moved"}, "stolen", "in the place of another page"),
+        ({"step": "asked", "how": "granted"}, "asked", "and given"),
+        ({"step": "asked"}, "asked", "and refused"),
+        ({"step": "released"}, "released", "by a pipe"),
+        ({"step": "unmapped"}, "unmapped", "by now"),
+        ({"step": "unmapped", "exact": True}, "unmapped", "from the last page table"),
+        ({"step": "unmapped", "exact": True, "mapcount": 1}, "unmapped", "from a page table"),
         ({"step": "filled", "how": "reply"}, "filled", "copied out of a FUSE reply"),
         ({"step": "filled", "how": "device"}, "filled", "by a device"),
         ({"step": "inserted", "index": 3}, "inserted", "page 3 of the file"),
@@ -328,7 +364,7 @@ def test_the_trace_is_one_that_perfetto_reads(events: list[Event]) -> None:
         assert len(track) == len(story.steps)
         assert [e["ts"] for e in track] == sorted(e["ts"] for e in track)
         moments = [e for e in track if e["ph"] == "i"]
-        assert {e["cat"] for e in moments} <= {"librsplice", "finding"}
+        assert {e["cat"] for e in moments} <= {"librsplice", "finding", "asked"}
         slices = [e for e in track if e["ph"] == "X"]
         for one, other in zip(slices, slices[1:], strict=False):
             assert one["ts"] + one["dur"] == pytest.approx(other["ts"], abs=1e-3)

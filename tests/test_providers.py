@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rsplice.tracers import copies, providers
-from rsplice.tracers.program import source_text
-from rsplice.tracers.providers import ALL, Candidate, How, Kernel, Observation
+from rsplice.tracers.program import BpfError, Program, source_text
+from rsplice.tracers.providers import ALL, Candidate, How, Kernel, Observation, Serves
 
 #: Series -> functions of vmlinux, with how many arguments they have.
 FUNCTIONS: dict[str, dict[str, int]] = json.loads(
@@ -120,16 +122,148 @@ def test_the_module_comes_first_but_for_what_it_cannot_probe() -> None:
 
 
 @SERIES
-def test_moves_are_told_by_tracepoints_or_else_by_what_the_kernel_calls(series: str) -> None:
-    moves = "moves into a page cache"
-    (told,) = chosen(moves, series, fexit=True, tracepoints=TOLD)
-    assert (told.how, told.function) == (How.TRACEPOINT, "fuse_request_end")
-    (probed,) = chosen(moves, series, fexit=True)
+def test_what_no_tracepoint_tells_is_told_by_what_the_kernel_calls(series: str) -> None:
+    around = "pages mapped by fault-around"
+    (told,) = chosen(around, series, fexit=True, tracepoints=TOLD)
+    assert (told.how, told.function) == (How.TRACEPOINT, "mm_filemap_map_pages")
+    (probed,) = chosen(around, series, fexit=True)
+    assert (probed.how, probed.function) == (How.FEXIT, "filemap_map_pages")
+    (probed,) = chosen("moves into a page cache", series, fexit=True)
     name = "replace_page_cache_" + ("page" if series in ("5.10", "6.1") else "folio")
-    assert (probed.how, probed.function) == (How.FEXIT, name)
+    assert (probed.how, probed.function) == (How.FENTRY, name)
     for kind in ("anonymous", "page-cache", "user", "filled"):
         (steal,) = chosen(f"refused moves of {kind} buffers", series, fexit=True)
         assert steal.program == ("steal_filled" if kind == "filled" else "steal_buffer")
+
+
+#: What happens to a page -> the function that is probed, by the kernels of its name.
+AT_THAT_MOMENT: dict[str, dict[str, str]] = {
+    "inserts into a page cache": {
+        "5.10": "__add_to_page_cache_locked",
+        "6.1 6.12 6.18 7.2 7.3": "__filemap_add_folio",
+    },
+    "moves into a page cache": {
+        "5.10 6.1": "replace_page_cache_page",
+        "6.12 6.18 7.2 7.3": "replace_page_cache_folio",
+    },
+    "page-table references": {
+        "5.10 6.1": "page_add_file_rmap",
+        "6.12 6.18 7.2 7.3": "folio_add_file_rmap_ptes",
+    },
+    "page-table references of new memory": {
+        "5.10 6.1": "page_add_new_anon_rmap",
+        "6.12 6.18 7.2 7.3": "folio_add_new_anon_rmap",
+    },
+    "ends of page-table references": {
+        "5.10 6.1": "page_remove_rmap",
+        "6.12 6.18 7.2 7.3": "folio_remove_rmap_ptes",
+    },
+    "releases of anonymous buffers": {"5.10 6.1 6.12 6.18 7.2 7.3": "anon_pipe_buf_release"},
+    "releases of page-cache and user buffers": {
+        "5.10 6.1 6.12 6.18 7.2 7.3": "page_cache_pipe_buf_release"
+    },
+    "releases of filled buffers": {"5.10 6.1 6.12 6.18 7.2 7.3": "generic_pipe_buf_release"},
+}
+
+
+@pytest.mark.parametrize("name", AT_THAT_MOMENT)
+def test_moments_are_probed_at_what_each_kernel_calls(name: str) -> None:
+    functions = {s: f for series, f in AT_THAT_MOMENT[name].items() for s in series.split()}
+    assert functions.keys() == FUNCTIONS.keys()
+    how = How.FENTRY if named(name).at_entry else How.FEXIT
+    for series, function in functions.items():
+        found = chosen(name, series, fexit=True)
+        assert [(c.how, c.function) for c in found] == [(how, function)], series
+
+
+@SERIES
+def test_entries_have_breakpoints_too_where_there_is_no_fentry(series: str) -> None:
+    for observation in ALL:
+        found = chosen(observation.name, series, kprobes=True)
+        if observation.at_entry:
+            (breakpoint,) = found
+            assert breakpoint.how is How.KPROBE
+            assert breakpoint.program.endswith("_regs")
+        else:
+            assert all(candidate.how is How.KRETPROBE for candidate in found)
+
+
+@SERIES
+def test_an_insert_is_looked_at_by_its_tracepoint_where_nothing_better_is(series: str) -> None:
+    inserts = "inserts into a page cache"
+    told = frozenset({"mm_filemap_add_to_page_cache"})
+    hows = [c.how for c in chosen(inserts, series, fexit=True, kprobes=True, tracepoints=told)]
+    assert hows == [How.FENTRY, How.KPROBE, How.TRACEPOINT]
+    assert [c.how for c in chosen(inserts, series, tracepoints=told)] == [How.TRACEPOINT]
+
+
+class Refusing:
+    """A program that the kernel refuses in whole or in part."""
+
+    def __init__(self, refused: Container[str]) -> None:
+        self.refused = refused
+        self.attached: list[str] = []
+
+    def has(self, function: str) -> bool:
+        return not function.startswith("jm_born")  # as if it were not compiled in
+
+    def attach_trampoline(self, function: str, kernel_function: str, at_return: bool) -> None:
+        if "trampoline" in self.refused or kernel_function in self.refused:
+            raise BpfError(errno.EINVAL, "invalid mem access")
+        self.attached.append(kernel_function)
+
+    def attach_kprobe(self, function: str, kernel_function: str, at_return: bool) -> None:
+        if "kprobe" in self.refused or kernel_function in self.refused:
+            raise BpfError(errno.ENOENT)
+        self.attached.append(kernel_function)
+
+
+@SERIES
+def test_what_is_refused_is_told_and_stops_nothing(series: str) -> None:
+    offers = kernel(series, fexit=True, kprobes=True)
+    for refused in ({"trampoline"}, {"trampoline", "kprobe"}, {"replace_page_cache_folio"}):
+        program = Refusing(refused)
+        taken = providers.attach(cast(Program, program), offers, set(Serves))
+        assert [each.observation for each in taken] == list(ALL)
+        for each in taken:
+            assert each.candidate is None or each.candidate.function in program.attached
+            assert each.candidate or each.reason != "not tried"
+            assert each.observation.loss
+        gone = {each.observation.name for each in taken if not each.candidate}
+        assert "page-table references of new memory" in gone
+        if "kprobe" in refused:
+            assert gone == {each.name for each in ALL}
+
+
+def test_only_what_a_run_is_to_tell_of_is_attached() -> None:
+    offers = kernel("6.12", fexit=True)
+    for serves in ({Serves.COPIES}, {Serves.COPIES, Serves.FINDINGS}):
+        program = Refusing(())
+        taken = providers.attach(cast(Program, program), offers, serves)
+        assert {each.observation.serves for each in taken} == serves
+        assert "folio_remove_rmap_ptes" not in program.attached
+
+
+def test_a_second_function_of_the_kind_is_probed_too_where_there_is_one() -> None:
+    for series, also in (("6.1", 0), ("6.12", 1)):
+        program = Refusing(())
+        providers.attach(cast(Program, program), kernel(series, fexit=True), {Serves.JOURNEYS})
+        assert program.attached.count("folio_add_file_rmap_pmd") == also
+        assert program.attached.count("folio_remove_rmap_pmd") == also
+
+
+def test_nothing_is_observed_where_tracepoints_are_all_there_is() -> None:
+    told = frozenset({"mm_filemap_add_to_page_cache", "mm_filemap_map_pages"})
+    taken = {
+        each.observation.name: each
+        for each in providers.unattached(kernel("6.18", tracepoints=told))
+    }
+    assert taken.keys() == {each.name for each in ALL}
+    assert {name for name, each in taken.items() if each.candidate} == {
+        "inserts into a page cache",
+        "pages mapped by fault-around",
+    }
+    assert {each.reason for each in taken.values()} == {providers.NEITHER}
 
 
 def test_a_function_with_other_arguments_is_passed_over_with_the_reason() -> None:
@@ -156,11 +290,19 @@ def test_every_candidate_is_a_program_of_the_text(series: str) -> None:
         offers = kernel(series, fexit=True, kprobes=True, module=True)
         for candidate in providers.candidates(observation, offers)[0]:
             name = candidate.program.removeprefix("copied_")
-            assert f"int {candidate.program}(u64 *ctx)" in text or f", {name}, " in text
+            rmap = f"AT_RMAP({candidate.program.removesuffix('_page')}, "
+            entry = f"AT_ENTRY({candidate.program.removesuffix('_regs')})"
+            assert (
+                f"int {candidate.program}(u64 *ctx)" in text
+                or f", {name}, " in text
+                or (observation.at_entry and entry in text)
+                or rmap in text
+            )
 
 
 def test_no_function_is_observed_twice() -> None:
-    names = [name for each in ALL for name in each.functions]
+    names = [name for each in ALL for name in (*each.functions, *each.also)]
+    names += [function for each in ALL for function, _, _ in each.others]
     assert len(names) == len(set(names))
 
 

@@ -33,11 +33,13 @@ NAMES = (
     "stale-content-exposed",
 )  # fmt: skip
 CLASSES = ("anonymous", "page cache", "user memory", "filled for splice", "no-steal")
+#: When the page of a finding was looked at (enum moment of bpf/judgements.h).
+MOMENTS = ("snapshot", "at the steal", "at the insert", "at the map")
 _USER_CLASS = CLASSES.index("user memory")
 _CACHE_CLASS = CLASSES.index("page cache")
 # bpf/findings.h
 _KEY = struct.Struct("=QQQIIII")
-_VALUE = struct.Struct("=QQQ QQQIiIIIIII QQII32s")
+_VALUE = struct.Struct("=QQQ QQQIiIIIIII QQII32s QI4x16s 16sI4x")
 LEARNED = struct.Struct("=QQQ")
 _PAGE = 4096
 
@@ -176,6 +178,14 @@ REASONS = (
         "again.",
         "written later",
     ),
+    Meaning(
+        "hazard",
+        "a queued page does not change until it is read",
+        "While the page waited in a pipe, its file was mapped with MAP_SHARED and PROT_WRITE: what "
+        "is written there before the reader is done, the reader gets. Wait with it, or write(2) a "
+        "copy into the pipe.",
+        "mapped to be written to",
+    ),
     _missed(
         "not known",
         "Nothing forbade the move, neither before the reply nor after it: somebody referred to the "
@@ -306,6 +316,12 @@ class Findings:
             known["file"] = self._file(page, who.pid)
             if page.is_cached:
                 known["file_offset"] = page.index * _PAGE
+        if page.mapper:
+            known["mapped_by"] = _who(page.mapper, page.mapper_comm)
+        if page.deed_time:
+            known["by"] = _who(page.deed_pid, page.deed_comm)
+            known["since"] = round((page.deed_time - self._began) / 1e9, 6)
+        known["moment"] = MOMENTS[page.moment]
         known["time"] = round((first - self._began) / 1e9, 6)
         known["last"] = round((last - self._began) / 1e9, 6)
         known["expected"] = means.expected
@@ -319,6 +335,8 @@ class Findings:
             return f"{name} with a {self._kind(source)} open"
         if via == operations.VIA_CLOSE:
             return f"{name} of a {self._kind(source)}"
+        if via == operations.VIA_INSERT:
+            return f"{name} into the page cache of {self._kind(destination)}"
         return f"{self._kind(source)} -> {self._kind(destination)} via {name}"
 
     def _frame(self, address: int) -> int | None:
@@ -332,9 +350,12 @@ class Findings:
             return f"{page.length} bytes reserved, neither published nor aborted"
         if name == "stale-content-exposed":
             return f"bytes behind the first {page.offset} of the page are not zero"
-        if page.kind >= len(CLASSES):
+        if page.kind < len(CLASSES):
+            parts = [f"{CLASSES[page.kind]} buffer of {page.length} bytes at {page.offset}"]
+        elif MOMENTS[page.moment] == "at the insert":
+            parts = ["a page that is about to enter a page cache"]
+        else:
             return "the page was copied"
-        parts = [f"{CLASSES[page.kind]} buffer of {page.length} bytes at {page.offset}"]
         parts.append("1 reference" if page.references == 1 else f"{page.references} references")
         parts.append("in a page table" if page.mapcount >= 0 else "in no page table")
         if page.pages > 1:
@@ -381,12 +402,17 @@ class _Page:
     buffer_flags: int
     offset: int
     length: int
-    pad: int
+    moment: int
     inode: int
     index: int
     device: int
     tid: int
     raw_name: bytes
+    deed_time: int
+    deed_pid: int
+    deed_comm: bytes
+    mapper_comm: bytes
+    mapper: int
 
     @property
     def is_cached(self) -> bool:
@@ -396,6 +422,10 @@ class _Page:
     def name(self) -> str:
         name = self.raw_name.split(b"\0")[0].decode(errors="replace")
         return "" if name == "/" else name
+
+
+def _who(pid: int, comm: bytes) -> str:
+    return f"{comm.split(bytes(1))[0].decode(errors='replace')}[{pid}]"
 
 
 def _numbers(device: int, inode: int) -> str:

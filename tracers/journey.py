@@ -7,13 +7,23 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rsplice.audit import MissingProbe, finding_label
 from rsplice.errors import RspliceError
-from rsplice.journey import ANY_FINDING, HOWS, MARKS, PAGES_MAX, SHARE, STEPS, Event, Request
+from rsplice.journey import (
+    ANY_FINDING,
+    AT_ONCE,
+    HOWS,
+    MARKS,
+    PAGES_MAX,
+    SHARE,
+    STEPS,
+    Event,
+    Request,
+)
 from rsplice.tracers import findings, operations
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.layout import Field, Layout
@@ -57,6 +67,8 @@ class Hook:
     feature: str = "journey"
     older: str = ""  #: its name on older kernels, with the same first argument
     required: bool = False  #: stories would be wrong without it
+    probed: str = ""  #: the program of bpf/moments.c that tells the same at that very moment
+    instead: str = ""  #: the same, where the kernel has no such tracepoint
 
     def name_on(self, btf: Btf) -> str:
         """The tracepoint's name on this kernel, "" if it has none."""
@@ -73,13 +85,17 @@ HOOKS = (
     Hook("block_bio_complete", "what devices made of others fill is not seen in journeys", "block"),
     Hook("mm_filemap_add_to_page_cache", "page-cache inserts are not seen in journeys"),
     Hook("mm_filemap_delete_from_page_cache", "page-cache removals are not seen in journeys"),
-    Hook("mm_filemap_map_pages", "pages mapped by fault-around are not seen in journeys"),
-    Hook("mm_filemap_fault", "pages mapped by a fault are not seen in journeys"),
-    Hook("rss_stat", "pages mapped by a fault, and unmapped, are not seen in journeys"),
+    Hook("mm_filemap_map_pages", "pages mapped by fault-around are not seen in journeys",
+         probed="jm_mapped"),
+    Hook("mm_filemap_fault", "pages mapped by a fault are not seen in journeys",
+         probed="jm_mapped"),
+    Hook("rss_stat", "pages mapped by a fault, and unmapped, are not seen in journeys",
+         probed="jm_unmapped"),
     Hook("mm_lru_insertion", "LRU lists are not seen in journeys"),
     Hook("writeback_dirty_folio", "dirtied pages are not seen in journeys", "journey",
          "writeback_dirty_page"),
-    Hook("fuse_request_end", "pages moved by FUSE replies are not seen in journeys", "fuse"),
+    Hook("fuse_request_end", "pages moved by FUSE replies are not seen in journeys", "fuse",
+         instead="move_page"),
     Hook("net_dev_start_xmit", "pages that are sent are not seen in journeys", "network"),
     Hook("sys_exit", "pages in pipes are not seen in journeys", required=True),
 )  # fmt: skip
@@ -90,7 +106,7 @@ TAILS = ("jt_scan", "jt_complete")
 _FLAGS = ("locked", "referenced", "uptodate", "dirty", "lru", "active", "writeback", "swapbacked")
 _PAGE = mmap.PAGESIZE
 # bpf/journey.c: struct journey_event
-_EVENT = struct.Struct("=12Q6I2i7I4x16s16s32s")
+_EVENT = struct.Struct("=13Q6I2i8I16s16s32s")
 _TARGET = struct.Struct("=QQQ")  # struct target
 _NUMBER = struct.Struct("=I")  # of a page: also the first word of struct journey
 # include/uapi/linux/bpf.h
@@ -178,13 +194,16 @@ class Follower:
         attached: list[str],
         missing: list[MissingProbe],
         strict: bool,
+        probed: Container[str] = (),
     ) -> None:
         """Attaches all programs that this kernel has tracepoints for.
 
         BpfError if the kernel refuses one: any if *strict*, else one that none can do without.
+
+        :param probed: programs of bpf/moments.c that are attached
         """
         self._program = program
-        names = self._names(btf, missing)
+        names = self._names(btf, missing, probed)
         with ThreadPoolExecutor() as pool:
             tails = [pool.submit(program.load, function, "sys_exit") for function in TAILS]
             loads = [pool.submit(program.load, f"jt_{h.tracepoint}", n) for h, n in names.items()]
@@ -200,14 +219,20 @@ class Follower:
                     raise
                 missing.append(MissingProbe(f"journey {hook.tracepoint}", str(error), hook.cost))
 
-    def _names(self, btf: Btf, missing: list[MissingProbe]) -> dict[Hook, str]:
+    def _names(
+        self, btf: Btf, missing: list[MissingProbe], probed: Container[str]
+    ) -> dict[Hook, str]:
         """The tracepoints of this kernel; those that it lacks are noted as missing."""
         names: dict[Hook, str] = {}
         for hook in HOOKS:
+            if hook.probed in probed:
+                continue
             name = hook.name_on(btf)
             reason = self._missing.get(hook.feature)
             if name and not reason:
                 names[hook] = name
+                continue
+            if not name and hook.instead in probed:
                 continue
             reason = reason or "this kernel has no such tracepoint"
             missing.append(MissingProbe(f"journey {hook.tracepoint}", reason, hook.cost))
@@ -376,10 +401,11 @@ def _event(
 ) -> Event:
     fields = _EVENT.unpack(record[: _EVENT.size])
     (time, mapping, flags, index, inode, end, call, call_time, call_filled, born, filled, address,
-     number, step, via, how, pid, tid, refcount, mapcount, pages, device, born_pid, born_exact,
-     first, direct, slots, comm, born_comm, name) = fields  # fmt: skip
+     born_mapped, number, step, via, how, pid, tid, refcount, mapcount, pages, device, born_pid,
+     born_exact, first, direct, slots, exact, comm, born_comm, name) = fields  # fmt: skip
     is_mark = STEPS[step] == "mark"
     is_finding = STEPS[step] == "finding"
+    is_device = STEPS[step] == "filled" and HOWS[how] == "device"
     return Event(
         time=time,
         page=number,
@@ -413,6 +439,8 @@ def _event(
         born_pid=born_pid,
         born_comm=_text(born_comm),
         born_exact=bool(born_exact),
+        born_mapped=born_mapped,
+        exact=bool(exact) or STEPS[step] in AT_ONCE or is_device,
         filled=0 if is_mark or is_finding else filled,
     )
 

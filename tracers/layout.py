@@ -28,6 +28,7 @@ FEATURES = {
     "disk": "disks of ublk are taken for those of a device",
     "io_uring": "io_uring operations are not seen",
     "findings": "lifecycle findings are not looked for",
+    "mappers": "findings do not name the process that still maps a page",
     "owner": "rsplice serve-probes cannot tell whose a process is",
 }
 
@@ -240,12 +241,29 @@ FIELDS: list[Field] = [
         PAGE_INDEX folio.index | page.index
         MAPPING_HOST address_space.host
         INODE_MAPPING inode.i_mapping
+        INODE_PIPE inode.i_pipe
+        VMF_VMA vm_fault.vma
+        VMA_FLAGS vm_area_struct.vm_flags
         INODE_GENERATION inode.i_generation
         INODE_INO inode.i_ino
         INODE_DENTRY inode.i_dentry.first
         SB_DEV super_block.s_dev
         DENTRY_ALIAS dentry.d_u.d_alias | dentry.d_alias
         DENTRY_NAME dentry.d_name.name
+        """,
+    ),
+    *_fields(
+        "mappers",
+        """
+        VMA_MM vm_area_struct.vm_mm
+        VMA_FILE_NODE vm_area_struct.shared.rb
+        MAPPING_VMAS address_space.i_mmap.rb_root.rb_node
+        ANON_VMAS anon_vma.rb_root.rb_root.rb_node
+        ANON_LINK_NODE anon_vma_chain.rb
+        ANON_LINK_VMA anon_vma_chain.vma
+        NODE_LEFT rb_node.rb_left
+        NODE_RIGHT rb_node.rb_right
+        MM_OWNER mm_struct.owner
         """,
     ),
     *_fields(

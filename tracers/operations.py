@@ -105,9 +105,11 @@ VIA_EXIT = 101  #: of findings: the end of a process
 VIA_PACKET = 102  #: of findings: a packet that leaves
 VIA_CLOSE = 103  #: of findings: the end of a descriptor
 VIA_RSPLICE = 104  #: of findings: a call of librsplice
+VIA_INSERT = 105  #: of findings: a page enters a page cache
 VIA_URING = 128  #: plus the io_uring opcode
 
-_EVENTS = {VIA_EXIT: "exit", VIA_PACKET: "packet", VIA_CLOSE: "close", VIA_RSPLICE: "rsplice"}
+_EVENTS = {VIA_EXIT: "exit", VIA_PACKET: "packet", VIA_CLOSE: "close", VIA_RSPLICE: "rsplice",
+           VIA_INSERT: "insert"}  # fmt: skip
 
 #: System calls that close a descriptor: arg 0 of the first, arg 1 of the others.
 _CLOSING = {"close": 3, "dup2": 33, "dup3": 292}

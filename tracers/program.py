@@ -29,19 +29,20 @@ from rsplice.tracers.compiled import MapSpec, compiled, map_places
 _HERE = Path(__file__).resolve().parent
 _SOURCES = ("access.h", "maps.h", "processes.h", "ends.h", "usdt.h", "asides.h", "account.h",
             "pages.h", "sockets.h", "judgements.h", "journey.h", "findings.h", "lent.h",
-            "contents.h", "copies.h", "tails.h", "syscalls.c", "findings.c", "lifecycle.c",
-            "pagecache.c", "network.c", "fuse_ring.c", "fuse.c", "io_uring.c", "journey.c",
-            "usdt.c", "copies.c", "learn.c")  # fmt: skip
+            "contents.h", "copies.h", "moments.h", "loans.h", "tails.h", "syscalls.c", "findings.c",
+            "lifecycle.c", "pagecache.c", "network.c", "fuse_ring.c", "fuse.c", "io_uring.c",
+            "journey.c", "usdt.c", "copies.c", "moments.c", "learn.c")  # fmt: skip
 
 # include/uapi/linux/bpf.h
 _MAP_CREATE = 0
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT, _MAP_LOOKUP_BATCH = 1, 2, 3, 4, 24
 _PROG_LOAD, _TEST_RUN, _RAW_TRACEPOINT_OPEN, _LINK_CREATE = 5, 10, 17, 28
 _TYPE_KPROBE, _TYPE_RAW_TRACEPOINT, _TYPE_TRACING = 2, 17, 26
-_ATTACH_TRACE_RAW_TP, _ATTACH_TRACE_FEXIT = 23, 25
+_ATTACH_TRACE_RAW_TP, _ATTACH_TRACE_FENTRY, _ATTACH_TRACE_FEXIT = 23, 24, 25
 _ATTACH_PERF_EVENT, _ATTACH_UPROBE_MULTI = 41, 48
 _OBJ_GET_INFO = 15
 _INFO_SIZE, _INFO_RECURSION_MISSES = 216, 208  # struct bpf_prog_info
+_LINK_INFO_SIZE, _LINK_INFO_MISSED = 64, 48  # struct bpf_link_info, of a kprobe
 # BPF_MAP_TYPE_PERCPU_HASH, _PERCPU_ARRAY, _LRU_PERCPU_HASH
 _PERCPU = (5, 6, 10)
 _SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
@@ -118,6 +119,13 @@ def _recursion_misses(program: int) -> int:
     info = _ffi.new("char[]", _INFO_SIZE)
     _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", program, _INFO_SIZE, _address(info)))
     return int(struct.unpack_from("=Q", _ffi.buffer(info), _INFO_RECURSION_MISSES)[0])
+
+
+def _breakpoint_misses(link: int) -> int:
+    """Of the kprobe or kretprobe behind a link's descriptor."""
+    info = _ffi.new("char[]", _LINK_INFO_SIZE)
+    _bpf(_OBJ_GET_INFO, struct.pack("=IIQ", link, _LINK_INFO_SIZE, _address(info)))
+    return int(struct.unpack_from("=Q", _ffi.buffer(info), _LINK_INFO_MISSED)[0])
 
 
 def can_fexit(function: int) -> bool:
@@ -304,6 +312,7 @@ class Program:
         self._fds: list[int] = []
         self._slow_fds: list[int] = []  # of uprobes, and of what is at functions of the kernel
         self._attached: list[int] = []  # programs that missed() asks
+        self._breakpoints: list[int] = []  # links, some of _slow_fds, that it asks too
         self._held: list[tuple[int, str]] = []  # programs that are attached again and again
         self._runs: dict[str, int] = {}  # those that run_once() has loaded
         self._functions = dict[str, bytes]()
@@ -421,7 +430,8 @@ class Program:
                 if log_size or error.errno == errno.EPERM:
                     text = bytes(_ffi.buffer(log)).split(b"\0")[0].decode(errors="replace")
                     words = text.strip().splitlines()
-                    raise BpfError(error.errno, " / ".join(words[-3:-1])) from None
+                    last = " / ".join(words[-3:-1])
+                    raise BpfError(error.errno, f"{function}: {last}" if last else "") from None
         raise AssertionError("unreachable")
 
     def load_uprobe(self, function: str, many: bool) -> int:
@@ -483,15 +493,19 @@ class Program:
             raise
         self._attached.append(program)
 
-    def attach_fexit(self, function: str, kernel_function: str) -> None:
-        """Attaches *function* to the return of a function of the kernel. BpfError on failure."""
+    def attach_trampoline(self, function: str, kernel_function: str, at_return: bool) -> None:
+        """Attaches *function* to the entry of a function of the kernel, or to its return.
+
+        BpfError on failure.
+        """
         where = self._btf.function_id(kernel_function)
         if where is None:
             raise BpfError(errno.ENOENT)
         code = self._code(function)
         if self._direct:
             self._use_cast(code)
-        program = self._load(function, code, _TYPE_TRACING, _ATTACH_TRACE_FEXIT, where)
+        kind = _ATTACH_TRACE_FEXIT if at_return else _ATTACH_TRACE_FENTRY
+        program = self._load(function, code, _TYPE_TRACING, kind, where)
         try:
             link = _bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QII", 0, program, 0))
         except BpfError:
@@ -501,17 +515,18 @@ class Program:
         self._attached.append(program)
 
     def missed(self) -> int:
-        """How often the kernel passed over a program, since that ran already on the same CPU.
+        """How often the kernel passed over a program, whoever's event that was.
 
-        A program that an interrupt comes into is such a case; and from 7.0 on, any other task
-        that is let run in the midst of it (__bpf_trace_run(), kernel/trace/bpf_trace.c). It is
-        not known whose event it was. That is struct bpf_prog_info.recursion_misses, of Linux
-        5.12; 0 before that.
+        Because it ran already on the same CPU: an interrupt comes into a program, or from 7.0 on
+        any other task (__bpf_trace_run(), kernel/trace/bpf_trace.c). Or because all instances of a
+        breakpoint were in use. That is recursion_misses of struct bpf_prog_info (Linux 5.12), and
+        missed of struct bpf_link_info (6.7); 0 before that.
         """
-        return sum(map(_recursion_misses, self._attached))
+        programs = sum(map(_recursion_misses, self._attached))
+        return programs + sum(map(_breakpoint_misses, self._breakpoints))
 
-    def attach_kretprobe(self, function: str, kernel_function: str) -> None:
-        """Attaches *function* to the return of a function of the kernel or of a module of its.
+    def attach_kprobe(self, function: str, kernel_function: str, at_return: bool) -> None:
+        """Attaches *function* to a function of the kernel or of a module of its, by a breakpoint.
 
         By an event, as every kernel has them. BpfError on failure.
         """
@@ -520,19 +535,32 @@ class Program:
         except OSError:
             raise BpfError(errno.EOPNOTSUPP, "this kernel has no kprobes") from None
         name = _ffi.new("char[]", kernel_function.encode())
-        event = _perf_event(kind, _KRETPROBE, _address(name), 0)
+        event = _perf_event(kind, _KRETPROBE if at_return else 0, _address(name), 0)
         try:
-            program = self._load(function, self._code(function), _TYPE_KPROBE)
+            code = self._code(function)
+            if self._direct:
+                self._use_cast(code)
+            program = self._load(function, code, _TYPE_KPROBE)
+            self._attached.append(program)
             try:
-                fcntl.ioctl(event, _IOC_SET_BPF, program)
-                fcntl.ioctl(event, _IOC_ENABLE, 0)
-            except OSError as error:
-                raise BpfError(error.errno or errno.EINVAL) from error
-            finally:
-                os.close(program)
+                where = struct.pack("=IIIIQ", program, event, _ATTACH_PERF_EVENT, 0, 0)
+                self._breakpoints.append(_bpf(_LINK_CREATE, where))
+            except BpfError:  # before 5.15 there are no such links
+                self._enable(event, program)
+                return
         except BpfError:
             os.close(event)
             raise
+        os.close(event)  # the link holds it
+        self._slow_fds.append(self._breakpoints[-1])
+
+    def _enable(self, event: int, program: int) -> None:
+        """Has *event* run a program. BpfError on failure."""
+        try:
+            fcntl.ioctl(event, _IOC_SET_BPF, program)
+            fcntl.ioctl(event, _IOC_ENABLE, 0)
+        except OSError as error:
+            raise BpfError(error.errno or errno.EINVAL) from error
         self._slow_fds.append(event)
 
     def _use_cast(self, code: bytearray) -> None:
@@ -548,11 +576,10 @@ class Program:
         self.detach()
         _close_all(self._slow_fds)
         self._slow_fds.clear()
-        for fd in self._attached:
+        for fd in [*self._attached, *self._runs.values()]:
             os.close(fd)
         self._attached.clear()
-        for fd in self._runs.values():
-            os.close(fd)
+        self._breakpoints.clear()
         self._runs.clear()
         self._held.clear()
         _close_all([fd for _, fd in self._maps.values()])

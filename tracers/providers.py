@@ -10,15 +10,17 @@ as on kernels without kprobes, none of this is compiled in.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 from rsplice.tracers.btf import Btf
 from rsplice.tracers.program import KPROBE_TYPE, BpfError, Program, can_fexit
 
+#: Why nothing is observed on kernels that have tracepoints alone.
+NEITHER = "this kernel has neither fentry nor kprobes for BPF"
 #: The tracepoint of the module rsplice_copies, and where the module is seen to be loaded.
 MODULE_TRACEPOINT = "rsplice_copied"
 _MODULE = Path("/sys/module/rsplice_copies")
@@ -29,8 +31,18 @@ class How(Enum):
 
     TRACEPOINT = "tracepoint"  #: one that tells the same, and more: nothing else is attached
     MODULE = "module"  #: a kprobe that the module rsplice_copies registers
-    FEXIT = "fexit"  #: a BPF trampoline at the function's return: arguments and result
+    FENTRY = "fentry"  #: a BPF trampoline at the function's entry: its arguments
+    FEXIT = "fexit"  #: the same at its return: arguments and result
+    KPROBE = "kprobe"  #: a breakpoint at its entry: arguments in registers
     KRETPROBE = "kretprobe"  #: a breakpoint at its return: the result alone
+
+
+class Serves(Enum):
+    """What of a run an observation is for: it is attached where that was asked for."""
+
+    COPIES = "copies"
+    FINDINGS = "findings"
+    JOURNEYS = "journeys"
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,18 @@ class Observation:
     :param name: what is told of, in the words of doctor
     :param functions: names of the kernel's function, newest kernel first
     :param program: "in" and "out" count what a function returns as bytes copied out of the source
-        or into the destination; else a program of bpf/copies.c, for that number of *arguments*
+        or into the destination; else a program of bpf/copies.c or bpf/moments.c, for that number
+        of *arguments*
     :param arguments: how many the program knows of; 0 for "in" and "out", which take any
+    :param others: functions of another shape, each with its program and the number of arguments
+    :param at_entry: looked at before the function changes anything, not at its return
+    :param serves: what it is for
     :param by_iterator: the copying is done by lib/iov_iter.c, where the module counts it too
     :param outside: of vmlinux: its functions may be a module's, of which vmlinux's BTF is silent
     :param tracepoint: one that makes this unnecessary
+    :param stands_for: one that some kernels lack, and whose loss this makes up for
+    :param fallback: one that is attached anyway, and tells less
+    :param also: functions that do the same for other pages, probed too where the kernel has them
     :param cost: what the reader loses without it, in words; "" for copies
     :param result: "in" or "out": how a kretprobe counts the result, where *program* looks closer
     """
@@ -85,8 +104,19 @@ class Observation:
     by_iterator: bool = True
     outside: bool = False
     tracepoint: str = ""
+    stands_for: str = ""
+    fallback: str = ""
     cost: str = ""
     result: str = ""
+    also: tuple[str, ...] = ()
+    others: tuple[tuple[str, str, int], ...] = ()
+    at_entry: bool = False
+    serves: Serves = Serves.COPIES
+
+    def program_at(self, function: str) -> tuple[str, int]:
+        """The program for one of the functions, and how many arguments it knows of."""
+        own = ((program, number) for name, program, number in self.others if name == function)
+        return next(own, (self.program, self.arguments))
 
     @property
     def loss(self) -> str:
@@ -178,26 +208,20 @@ REQUESTS = Observation(
 )
 
 
-def _other(
-    name: str, functions: str, program: str, arguments: int, tracepoint: str, cost: str
-) -> Observation:
-    return Observation(
-        name, tuple(functions.split()), program, arguments, False, False, tracepoint, cost
-    )
-
-
-_NO_REASON = "moves of such pages that were refused are not explained"
-#: What becomes of pages, where no tracepoint tells.
+_TOLD_LATER = "why pages were not moved is told from what was seen before the reply, or not at all"
+#: What becomes of pages, where no tracepoint tells, or none at that very moment.
 PAGES: tuple[Observation, ...] = (
     # fs/pipe.c, fs/splice.c
     *(
-        _other(
+        Observation(
             f"refused moves of {kind} buffers",
-            f"{name}_pipe_buf_try_steal",
+            (f"{name}_pipe_buf_try_steal",),
             "steal_filled" if name == "generic" else "steal_buffer",
             2,
-            "fuse_request_end",
-            _NO_REASON,
+            by_iterator=False,
+            stands_for="fuse_request_end",
+            cost=_TOLD_LATER,
+            serves=Serves.FINDINGS,
         )
         for kind, name in (
             ("anonymous", "anon"),
@@ -207,21 +231,110 @@ PAGES: tuple[Observation, ...] = (
         )
     ),
     # mm/filemap.c
-    _other(
+    Observation(
         "moves into a page cache",
-        "replace_page_cache_folio replace_page_cache_page",
+        ("replace_page_cache_folio", "replace_page_cache_page"),
         "move_page",
-        0,
-        "fuse_request_end",
-        "whether a FUSE reply moves pages is not seen",
+        by_iterator=False,
+        stands_for="fuse_request_end",
+        cost="pages that are moved into a page cache are looked at afterwards, or not at all",
+        at_entry=True,
     ),
-    _other(
+    Observation(
+        "inserts into a page cache",
+        ("__filemap_add_folio",),
+        "insert_folio",
+        by_iterator=False,
+        others=(("__add_to_page_cache_locked", "insert_page", 0),),
+        fallback="mm_filemap_add_to_page_cache",
+        cost="pages that enter a page cache while in use are told of FUSE replies alone",
+        at_entry=True,
+        serves=Serves.FINDINGS,
+    ),
+    # mm/memory.c; alloc_set_pte before 5.12
+    Observation(
+        "mappings of pages that are in pipes",
+        ("set_pte_range",),
+        "map_range",
+        5,
+        by_iterator=False,
+        others=(("do_set_pte", "map_page", 3), ("alloc_set_pte", "map_page", 2)),
+        cost="that a queued page is mapped to be written to is not told",
+        serves=Serves.FINDINGS,
+    ),
+    Observation(
         "pages mapped by fault-around",
-        "filemap_map_pages",
+        ("filemap_map_pages",),
         "map_pages",
         3,
-        "mm_filemap_map_pages",
-        "pages mapped by fault-around are not counted",
+        by_iterator=False,
+        tracepoint="mm_filemap_map_pages",
+        stands_for="mm_filemap_map_pages",
+        cost="pages mapped by fault-around are not counted",
+    ),
+)
+
+
+def _rmap(name: str, function: str, program: str, older: str, cost: str, also: str) -> Observation:
+    """Of mm/rmap.c, where functions take folios since 6.8.
+
+    :param older: the function that takes a page
+    """
+    return Observation(
+        name,
+        (function,),
+        program,
+        by_iterator=False,
+        cost=cost,
+        also=(also,) if also else (),
+        others=((older, f"{program}_page", 0),),
+        serves=Serves.JOURNEYS,
+    )
+
+
+_BY_NOW = "what is mapped or unmapped is seen afterwards in journeys, and not by whom"
+#: What happens to pages that are followed, at the moment when it does.
+MOMENTS: tuple[Observation, ...] = (
+    _rmap(
+        "page-table references",
+        "folio_add_file_rmap_ptes",
+        "jm_mapped",
+        "page_add_file_rmap",
+        _BY_NOW,
+        "folio_add_file_rmap_pmd",
+    ),
+    _rmap(
+        "ends of page-table references",
+        "folio_remove_rmap_ptes",
+        "jm_unmapped",
+        "page_remove_rmap",
+        _BY_NOW,
+        "folio_remove_rmap_pmd",
+    ),
+    _rmap(
+        "page-table references of new memory",
+        "folio_add_new_anon_rmap",
+        "jm_born",
+        "page_add_new_anon_rmap",
+        "when memory was first mapped is not told in journeys",
+        "",
+    ),
+    # fs/pipe.c, fs/splice.c: the release() of each class of buffers
+    *(
+        Observation(
+            f"releases of {kind} buffers",
+            (f"{name}_pipe_buf_release",),
+            "jm_released",
+            by_iterator=False,
+            cost="when pipes let go of such pages is not told in journeys",
+            at_entry=True,
+            serves=Serves.JOURNEYS,
+        )
+        for kind, name in (
+            ("anonymous", "anon"),
+            ("page-cache and user", "page_cache"),
+            ("filled", "generic"),
+        )
     ),
 )
 #: What is still lost without a tracepoint where all that stands in for it is attached; "": nothing.
@@ -230,7 +343,7 @@ INSTEAD = {
     "fuse_request_end": "of FUSE replies only pages that the kernel asked for tell why they stayed",
     "mm_filemap_map_pages": "",
 }
-ALL: tuple[Observation, ...] = (*COPIES, REQUESTS, *PAGES)
+ALL: tuple[Observation, ...] = (*COPIES, REQUESTS, *PAGES, *MOMENTS)
 
 #: Programs that return the bytes of a function, by the number of its arguments.
 RETURNS = {"in": (1, 2, 3, 4, 7), "out": (2, 3, 4, 5)}
@@ -252,6 +365,12 @@ class Taken:
     def copies(self) -> bool:
         """Whether it counts copied bytes."""
         return self.observation in COPIES
+
+    def probes(self, *programs: str) -> bool:
+        """Whether one of *programs*, or its twin for breakpoints, is attached."""
+        return self.candidate is not None and self.candidate.program.removesuffix("_regs") in (
+            programs
+        )
 
     @property
     def reason(self) -> str:
@@ -286,31 +405,39 @@ def candidates(observation: Observation, kernel: Kernel) -> tuple[list[Candidate
         return [Candidate(How.TRACEPOINT, observation.tracepoint, "")], []
     if kernel.module and observation.by_iterator:
         found.append(Candidate(How.MODULE, MODULE_TRACEPOINT, "copied_module"))
-    for name in observation.functions:
+    for name in (*observation.functions, *(each[0] for each in observation.others)):
         arguments = kernel.arguments(name)
         if arguments is None and not observation.outside:
-            reasons.append(f"this kernel has no {name}")
+            if not found:  # else it has a better one
+                reasons.append(f"this kernel has no {name}")
             continue
         if arguments is not None:
-            program = _fexit_program(observation, arguments)
+            program = _program(observation, name, arguments)
             if program is None:
                 reasons.append(f"{name} has {arguments} arguments here")
                 continue
             if kernel.fexit:
-                found.append(Candidate(How.FEXIT, name, program))
+                how = How.FENTRY if observation.at_entry else How.FEXIT
+                found.append(Candidate(how, name, program))
+            if kernel.kprobes and observation.at_entry:
+                found.append(Candidate(How.KPROBE, name, f"{program}_regs"))
         by_result = _kretprobe_program(observation)
         if kernel.kprobes and by_result:
             found.append(Candidate(How.KRETPROBE, name, by_result))
+    if observation.fallback in kernel.tracepoints:
+        found.append(Candidate(How.TRACEPOINT, observation.fallback, ""))
     return found, reasons
 
 
-def _fexit_program(observation: Observation, arguments: int) -> str | None:
-    if observation.program in RETURNS:
-        counted = arguments in RETURNS[observation.program]
-        return f"copied_{observation.program}_{arguments}" if counted else None
-    if observation.arguments not in (0, arguments):
+def _program(observation: Observation, function: str, arguments: int) -> str | None:
+    """The program for a function that has so many arguments; None if there is none for that."""
+    program, known = observation.program_at(function)
+    if program in RETURNS:
+        return f"copied_{program}_{arguments}" if arguments in RETURNS[program] else None
+    if known not in (0, arguments):
         return None
-    return observation.program if observation in PAGES else f"copied_{observation.program}"
+    own = observation in PAGES or observation in MOMENTS
+    return program if own else f"copied_{program}"
 
 
 def _kretprobe_program(observation: Observation) -> str | None:
@@ -318,13 +445,27 @@ def _kretprobe_program(observation: Observation) -> str | None:
     return f"copied_{side}_ax" if side in RETURNS else None
 
 
-def attach(program: Program, kernel: Kernel) -> list[Taken]:
-    """Attaches the best of every observation that can be; what fails gives way to the next."""
+def attach(program: Program, kernel: Kernel, serves: Container[Serves]) -> list[Taken]:
+    """Attaches the best of every observation that can be; what fails gives way to the next.
+
+    :param serves: what the run is to tell of
+    """
     module = None
     if kernel.module:
         module = _first(program, [Candidate(How.MODULE, MODULE_TRACEPOINT, "copied_module")], [])
+    wanted = [each for each in ALL if each.serves in serves]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda each: _take(program, each, kernel, module), ALL))
+        return list(pool.map(lambda each: _take(program, each, kernel, module), wanted))
+
+
+def unattached(kernel: Kernel) -> list[Taken]:
+    """The observations of a kernel where nothing beyond tracepoints can be attached."""
+    return [_without(each, kernel) for each in ALL]
+
+
+def _without(observation: Observation, kernel: Kernel) -> Taken:
+    found, _ = candidates(observation, kernel)
+    return Taken(observation, found[0] if found else None, [NEITHER])
 
 
 def _take(
@@ -334,7 +475,19 @@ def _take(
         return Taken(observation, module, [])  # it is attached once, for all of them
     found, lost = candidates(observation, kernel)
     found = [candidate for candidate in found if candidate.how is not How.MODULE]
-    return Taken(observation, _first(program, found, lost), lost)
+    taken = Taken(observation, _first(program, found, lost), lost)
+    if taken.candidate:
+        _attach_also(program, observation.also, taken.candidate, kernel, lost)
+    return taken
+
+
+def _attach_also(
+    program: Program, functions: Iterable[str], like: Candidate, kernel: Kernel, lost: list[str]
+) -> None:
+    """Attaches what *like* is to further functions that this kernel has."""
+    for name in functions:
+        if kernel.arguments(name) is not None:
+            _first(program, [replace(like, function=name)], lost)
 
 
 def _first(program: Program, found: list[Candidate], lost: list[str]) -> Candidate | None:
@@ -356,10 +509,12 @@ def _attach(program: Program, candidate: Candidate) -> None:
         raise BpfError(errno.ENOENT, "not part of this kernel's programs")
     if candidate.how is How.MODULE:
         program.attach_raw(candidate.program, candidate.function)
-    elif candidate.how is How.FEXIT:
-        program.attach_fexit(candidate.program, candidate.function)
+    elif candidate.how in (How.FENTRY, How.FEXIT):
+        at_return = candidate.how is How.FEXIT
+        program.attach_trampoline(candidate.program, candidate.function, at_return)
     else:
-        program.attach_kretprobe(candidate.program, candidate.function)
+        at_return = candidate.how is How.KRETPROBE
+        program.attach_kprobe(candidate.program, candidate.function, at_return)
 
 
 def _words(error: BpfError) -> str:

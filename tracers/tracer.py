@@ -22,6 +22,7 @@ from rsplice.tracers.counters import Counters, map_sizes
 from rsplice.tracers.findings import SIZES, Findings, learn
 from rsplice.tracers.journey import Follower
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
+from rsplice.tracers.providers import Serves
 
 _LENT = struct.Struct("=QIIQ")  # bpf/lent.h
 IDENTITY = {"off": 0, "sample": 1, "all": 2}
@@ -169,6 +170,8 @@ class Tracer:
         self.usdt_files: list[str] = []  #: those whose probes are attached
         #: what can be observed in several ways, and how it is; empty where none can
         self.observed: list[providers.Taken] = []
+        #: why direct loads were given up though the kernel has them, in the verifier's words
+        self.refused = ""
         self._files = files
         self.journeys = journeys
         self._traces = traces
@@ -251,6 +254,7 @@ class Tracer:
             if not self.direct or error.errno == errno.EPERM:
                 raise RspliceError(_explain(error)) from error
             self.direct = False
+            self.refused = str(error)
             self.attached.clear()
             self.missing.clear()
             self.usdt_files.clear()
@@ -287,7 +291,8 @@ class Tracer:
         if self.measures:
             self._observe(program)
         if self.journeys:
-            self.journeys.attach(program, btf, self.attached, self.missing, self.direct)
+            probed = {each.observation.program for each in self.observed if each.candidate}
+            self.journeys.attach(program, btf, self.attached, self.missing, self.direct, probed)
         for tail, load in zip(tails, tail_loads, strict=True):
             self._put_tail(program, tail, load)
         for probe in sorted(loads, key=lambda p: p.tracepoint == "sys_exit"):
@@ -310,6 +315,11 @@ class Tracer:
         return self._kernel.measures and self.identity != "off" and not self._traces
 
     @property
+    def unobserved(self) -> list[providers.Taken]:
+        """Where nothing beyond tracepoints can be attached: what cannot be observed so."""
+        return [] if self.measures else providers.unattached(self._kernel)
+
+    @property
     def measured_at(self) -> list[str]:
         """The kernel's functions that count copies, and how: "fexit pipe_read"."""
         taken = (each.candidate for each in self.observed if each.candidate and each.copies)
@@ -317,7 +327,12 @@ class Tracer:
 
     def _observe(self, program: Program) -> None:
         """Attaches what is more than a tracepoint; none of it is needed for a run."""
-        self.observed = providers.attach(program, self._kernel)
+        serves = {Serves.COPIES}
+        if self.identity == "all" and program.has("steal_buffer"):
+            serves.add(Serves.FINDINGS)
+        if self.journeys:
+            serves.add(Serves.JOURNEYS)
+        self.observed = providers.attach(program, self._kernel, serves)
         for taken in self.observed:
             if taken.candidate is None:
                 name, cost = taken.observation.functions[0], taken.observation.loss
@@ -326,11 +341,13 @@ class Tracer:
                 pass  # it is among the others
             elif taken.candidate.function not in self.attached:
                 self.attached.append(taken.candidate.function)
+            if taken.probes("insert_folio", "insert_page"):
+                program.map("inserts_probed").put(bytes(4), struct.pack("=I", 1))
         self._forget_replaced()
 
     def _forget_replaced(self) -> None:
         """Corrects what it costs that a tracepoint is missing where others tell the same."""
-        failed = {each.observation.tracepoint for each in self.observed if not each.candidate}
+        failed = {each.observation.stands_for for each in self.observed if not each.candidate}
         for gone in list(self.missing):
             left = providers.INSTEAD.get(gone.probe)
             if left is None or failed & {gone.probe, "fuse_request_end"}:

@@ -251,6 +251,8 @@ def _say_attached(session: Session, took: float) -> None:
     _say(f"{len(tracer.attached)} probes attached after {took:.2f} s: {', '.join(tracer.attached)}")
     for missing in tracer.missing:
         _say(f"not attached: {missing.probe}: {missing.reason} ({missing.cost})")
+    if tracer.refused:
+        _say(f"kernel memory is read more slowly: {tracer.refused}")
 
 
 def _say_so_far(audit: Audit) -> None:

@@ -16,11 +16,14 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 from rsplice.errors import RspliceError
-from rsplice.tracers import capability, layout, usdt
+from rsplice.journey import Request
+from rsplice.tracers import capability, layout, providers, usdt
 from rsplice.tracers.btf import RUNNING, Btf
+from rsplice.tracers.journey import Follower
 from rsplice.tracers.tracer import PROBES, TAILS, Tracer, with_fuse
 
 _USDT = "librsplice"
+_JOURNEY = "journey "  #: begins the names of what journeys lack
 
 
 @dataclass
@@ -78,7 +81,7 @@ def diagnose() -> Diagnosis:
     try:
         if why_not := capability.reason():
             raise RspliceError(why_not)
-        tracer = Tracer(files=usdt.find())
+        tracer = Tracer(files=usdt.find(), journeys=Follower(Request()))
     except RspliceError as error:
         checks += [Check(p.tracepoint, "missing", "not tried", p.cost) for p in PROBES]
         found.cannot.append(f"nothing can be audited: {error}")
@@ -94,31 +97,48 @@ def diagnose() -> Diagnosis:
             if gone
             else Check(probe.tracepoint, "ok", "attached")
         )
-    how = "direct loads" if tracer.direct else "bpf_probe_read_kernel (slower: needs Linux 6.2)"
-    checks.append(Check("memory reads", "ok", how))
+    checks.append(Check("memory reads", "ok", _reads(tracer)))
     checks += _usdt_checks(tracer)
     checks += _observed_checks(tracer)
+    checks += _journey_checks(tracer)
     _conclude(found, set(missing), tracer)
     if tracer.usdt_files:
         found.can.append("what librsplice meant to do, beside what the kernel did")
     return found
 
 
+def _reads(tracer: Tracer) -> str:
+    """How kernel memory is read, and why not faster."""
+    if tracer.direct:
+        return "direct loads"
+    why = f"the kernel refused direct loads: {tracer.refused}"
+    return f"bpf_probe_read_kernel (slower: {why if tracer.refused else 'needs Linux 6.2'})"
+
+
 def _observed_checks(tracer: Tracer) -> list[Check]:
     """One for each thing that can be observed in several ways: which was taken, what was lost."""
-    if not tracer.observed:
-        reason = "this kernel has neither fentry nor kprobes for BPF"
-        return [Check("copies", "missing", reason, "copies are inferred, not measured")]
-    checks = []
-    for taken in tracer.observed:
-        name, cost = taken.observation.name, taken.observation.loss
-        if taken.candidate is None:
-            checks.append(Check(name, "missing", taken.reason, cost))
-            continue
-        lost = f", for {taken.reason}" if taken.lost else ""
-        detail = f"{taken.candidate.how.value} at {taken.candidate.function}{lost}"
-        checks.append(Check(name, "ok", detail))
-    return checks
+    if tracer.measures:
+        return [_observed_check(taken) for taken in tracer.observed]
+    reason, cost = providers.NEITHER, "copies are inferred, not measured"
+    others = [_observed_check(taken) for taken in tracer.unobserved if not taken.copies]
+    return [Check("copies", "missing", reason, cost), *others]
+
+
+def _observed_check(taken: providers.Taken) -> Check:
+    name, cost = taken.observation.name, taken.observation.loss
+    if taken.candidate is None:
+        return Check(name, "missing", taken.reason, cost)
+    lost = f", for {taken.reason}" if taken.lost else ""
+    return Check(name, "ok", f"{taken.candidate.how.value} at {taken.candidate.function}{lost}")
+
+
+def _journey_checks(tracer: Tracer) -> list[Check]:
+    """One for each tracepoint that journeys lack."""
+    return [
+        Check(gone.probe, "missing", gone.reason, gone.cost)
+        for gone in tracer.missing
+        if gone.probe.startswith(_JOURNEY)
+    ]
 
 
 def _usdt_checks(tracer: Tracer) -> list[Check]:
@@ -129,7 +149,7 @@ def _usdt_checks(tracer: Tracer) -> list[Check]:
     checks += [
         Check(_USDT, "missing", f"{gone.probe}: {gone.reason}", gone.cost)
         for gone in tracer.missing
-        if gone.probe not in names
+        if gone.probe not in names and not gone.probe.startswith(_JOURNEY)
     ]
     # Programs that do not use librsplice lack nothing.
     none = "no librsplice with probes is installed; a program's own is looked for in each audit"

@@ -89,6 +89,18 @@ static __always_inline u64 look_at(u64 address)
 DEFINE_SEEN(64)
 DEFINE_SEEN(32)
 
+/*
+ * An argument as a number. The verifier knows arguments for the pointers that they are, and forbids
+ * to reckon with them: what a helper has copied is unknown to it.
+ */
+static __always_inline u64 plain(u64 pointer)
+{
+	u64 kept = pointer, value = 0;
+
+	read_kernel(&value, sizeof(value), &kept);
+	return value;
+}
+
 /* Argument n of a raw tracepoint, n a constant. */
 static __always_inline u64 tracepoint_arg(u64 *ctx, const int n)
 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Functions of the kernel that copy payload or move it, at their return: providers.py lists which,
+ * Functions of the kernel that copy payload, at their return: providers.py lists which,
  * and attaches these programs to them. copied_SIDE_N is for functions of N arguments that return
  * the bytes they copied, copied_SIDE_ax for a kretprobe at any of them; the others look closer.
  *
@@ -195,75 +195,6 @@ int copied_module(u64 *ctx)
 	return count_copied(tracepoint_arg(ctx, 0) & 1 ? SIDE_IN : SIDE_OUT,
 			    (s64)tracepoint_arg(ctx, 1));
 }
-
-/*
- * Moves, where no tracepoint of FUSE tells of them: fuse_try_move_page() (fs/fuse/dev.c, 6.1) asks
- * a buffer for its page (try_steal), looks at it (fuse_check_page) and puts it into the page cache
- * (replace_page_cache_page).
- */
-#if !FUSE_EVENTS
-#if FINDINGS
-/* The try_steal(pipe, buf) of every class of buffers returns whether the page may be taken. */
-static __always_inline int see_theft(u64 *ctx, bool of_filled)
-{
-	u64 task = bpf_get_current_task(), slot = tracepoint_arg(ctx, 1);
-	u64 process = process_of(bpf_get_current_pid_tgid() >> 32, task);
-	u32 zero = 0, tid = bpf_get_current_pid_tgid();
-	struct buffer_classes *classes = buffer_classes.lookup(&zero);
-	struct theft *theft;
-
-	if (!process || !classes)
-		return 0;
-	/* user_page_pipe_buf_try_steal() ends in the one of filled buffers: it counts once. */
-	if (of_filled && class_of(classes, read64(slot + BUF_OPS)) == USER_BUFFER)
-		return 0;
-	end_theft(process);
-	theft = new_theft(process);
-	if (!theft)
-		return 0;
-	load_buffer_facts(&theft->facts, classes, slot);
-	if (tracepoint_arg(ctx, 2) & 0xff) {
-		stolen.update(&tid, &theft->facts);
-		return 0;
-	}
-	theft->key.reason = why_refused(&theft->facts);
-	if (!theft->key.reason)
-		theft->key.reason = UNEXPLAINED;
-	record(&theft->key, &theft->facts, 0);
-	return 0;
-}
-
-int steal_buffer(u64 *ctx)
-{
-	return see_theft(ctx, false);
-}
-
-int steal_filled(u64 *ctx)
-{
-	return see_theft(ctx, true);
-}
-#endif
-
-/* replace_page_cache_page(old, new) */
-int move_page(u64 *ctx)
-{
-	u64 who = bpf_get_current_pid_tgid();
-	u32 tid = who;
-	struct note none = {}, *note;
-
-	if (!process_of(who >> 32, bpf_get_current_task()))
-		return 0;
-#if FINDINGS
-	stolen.delete(&tid);
-#endif
-	note = notes.lookup_or_try_init(&tid, &none);
-	if (note) {
-		note->fuse_bytes += 4096;
-		note->fuse_pages++;
-	}
-	return 0;
-}
-#endif
 
 /* filemap_map_pages(vmf, first, last): what the tracepoint of the same name tells since 6.14. */
 int map_pages(u64 *ctx)

@@ -110,49 +110,4 @@ static __always_inline void take_ring_copies(struct key *key, u64 request)
 	copied_over_ring.delete(&request);
 }
 #endif
-
-#if FINDINGS && !FUSE_EVENTS
-/* A buffer whose page FUSE asked for (copies.c). */
-struct theft {
-	struct finding_key key;
-	struct facts facts;
-};
-BPF_TABLE("percpu_array", u32, struct theft, thefts, 1);
-BPF_TABLE("lru_hash", u32, struct facts, stolen, 1024); /* by thread: not yet put anywhere */
-
-static __always_inline struct theft *new_theft(u64 process)
-{
-	u32 zero = 0;
-	struct theft *theft = thefts.lookup(&zero);
-
-	if (!theft)
-		return 0;
-	__builtin_memset(theft, 0, sizeof(*theft));
-	theft->key.process = process;
-	theft->key.source = END_PIPE;
-	theft->key.destination = END_FUSE_DEVICE;
-	theft->key.name = STEAL_REFUSED;
-	theft->key.via = VIA_FUSE_REPLY;
-	return theft;
-}
-
-/* The page that was stolen last was not put into the page cache: fuse_check_page() refused it. */
-static __always_inline void end_theft(u64 process)
-{
-	u32 tid = bpf_get_current_pid_tgid();
-	struct facts *facts = stolen.lookup(&tid);
-	struct theft *theft = facts ? new_theft(process) : 0;
-
-	if (!theft)
-		return;
-	theft->facts = *facts;
-	stolen.delete(&tid);
-	theft->key.reason = UNEXPLAINED;
-	if (theft->facts.mapcount >= 0)
-		theft->key.reason = STILL_MAPPED;
-	else if (HAS_FLAG(&theft->facts, PG_SWAPBACKED_BIT))
-		theft->key.reason = SWAP_BACKED;
-	record(&theft->key, &theft->facts, 0);
-}
-#endif
 #endif

@@ -264,6 +264,8 @@ static __always_inline u32 judge_slot(struct inspection *inspection, struct buff
 	inspection->facts.class = buffer.class;
 	load_slot_facts(&inspection->facts, slot);
 	record(&inspection->key, &inspection->facts, 0);
+	if (inspection->key.name == TRUNCATED_IN_FLIGHT)
+		name_remover(&inspection->key, inspection->facts.page);
 	return length;
 }
 

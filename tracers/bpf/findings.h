@@ -18,6 +18,21 @@ struct finding_key {
 	u32 pad;
 };
 
+/* Who did what a finding is about, and when. */
+struct deed {
+	u64 time;
+	u32 pid;
+	u32 pad;
+	char comm[16];
+};
+
+static __always_inline void load_deed(struct deed *deed)
+{
+	deed->time = bpf_ktime_get_ns();
+	deed->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(deed->comm, sizeof(deed->comm));
+}
+
 struct finding {
 	u64 count;
 	u64 first; /* bpf_ktime_get_ns() */
@@ -28,6 +43,10 @@ struct finding {
 	u32 device;
 	u32 tid;
 	char file[32]; /* the last part of its path */
+	struct deed deed;
+	char mapper_comm[16]; /* the process that maps the page, if it is the only one */
+	u32 mapper;
+	u32 pad;
 };
 BPF_HASH(findings, struct finding_key, struct finding, MAX_FINDINGS);
 
@@ -48,11 +67,11 @@ static __always_inline u32 class_of(struct buffer_classes *classes, u64 operatio
 	return NR_CLASSES;
 }
 
-static __always_inline void load_page_facts(struct facts *facts, u64 page)
+/* @head: its first page */
+static __always_inline void load_folio_facts(struct facts *facts, u64 head)
 {
-	u64 head = head_of(page);
-
-	facts->page = page;
+	facts->page = head;
+	facts->moment = SNAPSHOT;
 	facts->mapping = read64(head + PAGE_MAPPING);
 	facts->page_flags = read64(head + PAGE_FLAGS);
 	facts->references = read32(head + PAGE_REFCOUNT);
@@ -65,6 +84,12 @@ static __always_inline void load_page_facts(struct facts *facts, u64 page)
 	/* page_type shares the place of a single page's count, and is below -1. */
 	if (facts->mapcount < 0)
 		facts->mapcount = -1;
+}
+
+static __always_inline void load_page_facts(struct facts *facts, u64 page)
+{
+	load_folio_facts(facts, head_of(page));
+	facts->page = page;
 }
 
 /* All but the class. */
@@ -95,6 +120,39 @@ static __always_inline void name_file(struct finding *finding, u64 inode)
 				   (void *)read64(alias - DENTRY_ALIAS + DENTRY_NAME));
 }
 
+#if HAVE_MAPPERS
+/*
+ * The only mapping of memory or of a file that a page may be in a page table by; 0 where there are
+ * several. Trees of vm_area_structs: vma_interval_tree_insert(), anon_vma_interval_tree_insert()
+ * (mm/interval_tree.c).
+ */
+static __always_inline u64 only_vma(u64 mapping)
+{
+	bool anonymous = (mapping & MAPPING_FLAGS) == 1;
+	u64 node = read64(anonymous ? mapping - 1 + ANON_VMAS : mapping + MAPPING_VMAS);
+
+	if (!node || read64(node + NODE_LEFT) || read64(node + NODE_RIGHT))
+		return 0;
+	return anonymous ? read64(node - ANON_LINK_NODE + ANON_LINK_VMA) : node - VMA_FILE_NODE;
+}
+#endif
+
+static __always_inline void name_mapper(struct finding *finding)
+{
+#if HAVE_MAPPERS
+	u64 mapping = finding->facts.mapping, vma, task;
+
+	if (finding->facts.mapcount < 0 || !mapping || (mapping & MAPPING_FLAGS) > 1)
+		return;
+	vma = only_vma(mapping);
+	task = vma ? read64(read64(vma + VMA_MM) + MM_OWNER) : 0;
+	if (!task)
+		return;
+	finding->mapper = read32(task + TASK_TGID);
+	read_kernel(finding->mapper_comm, sizeof(finding->mapper_comm), (void *)(task + TASK_COMM));
+#endif
+}
+
 /*
  * Adds occurrences.
  *
@@ -120,6 +178,7 @@ static __always_inline void record_all(struct finding_key *key, struct facts *fa
 		}
 		if (inode)
 			name_file(&fresh, inode);
+		name_mapper(&fresh);
 		remember_name(key->source);
 		remember_name(key->destination);
 		findings.insert(key, &fresh);
@@ -131,6 +190,15 @@ static __always_inline void record_all(struct finding_key *key, struct facts *fa
 	}
 	__sync_fetch_and_add(&known->count, times);
 	known->last = now;
+}
+
+/* Of the first occurrence, which is the last one that was recorded. */
+static __always_inline void name_deed(struct finding_key *key, struct deed *deed)
+{
+	struct finding *known = findings.lookup(key);
+
+	if (known && !known->deed.time && known->count == 1)
+		known->deed = *deed;
 }
 
 static __always_inline void record(struct finding_key *key, struct facts *facts, u64 inode)
@@ -190,7 +258,7 @@ static __always_inline void recall_offer(struct facts *facts, struct offered *of
 	facts->class = offered->class;
 	facts->pages = offered->pages;
 	facts->mapcount = offered->mapped ? 0 : -1;
-	facts->pad = 0;
+	facts->moment = SNAPSHOT;
 }
 
 /* A pipe's ring under examination; in a map for the same reason as struct walk. */

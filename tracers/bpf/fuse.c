@@ -122,6 +122,11 @@ static __always_inline u32 why_copied(struct reply *reply, struct offers *kept, 
 		return ODD_OFFSET;
 	if (offered->length != size)
 		return PARTIAL_PAGE;
+#if MEASURED
+	reason = why_not_given(&reply->before, offered->page);
+	if (reason)
+		return reason;
+#endif
 	if (offered->reason)
 		return offered->reason;
 	/* It may have come into use since: its buffer still holds it. */
@@ -139,6 +144,10 @@ static __always_inline u32 check_moved(struct reply *reply, struct offers *kept,
 	reply->slot++;
 	if (!offered || offered->page != page)
 		return NO_FINDING;
+#if MEASURED
+	if (was_judged(page))
+		return NO_FINDING;
+#endif
 	recall_offer(&reply->before, offered);
 	load_page_facts(&reply->now, page);
 #if HAVE_EXTENTS

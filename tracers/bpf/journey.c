@@ -369,6 +369,8 @@ int jt_fuse_request_end(u64 *ctx)
 		journey = same ? journeys.lookup(&head) : journey_of_cached(head);
 		if (!journey)
 			continue;
+		if (!same && journey->moved)
+			continue; /* told as it was moved */
 		journey->moved = !same;
 		hit = add_hit(hits, head, same ? STEP_FILLED : STEP_MOVED);
 		if (!hit)

@@ -33,6 +33,8 @@ enum step {
 	STEP_FREED,
 	STEP_MARK,
 	STEP_FINDING,
+	STEP_RELEASED,
+	STEP_ASKED,
 };
 
 /* Of STEP_FILLED, and of STEP_QUEUED and STEP_TAKEN. */
@@ -44,6 +46,7 @@ enum how {
 	HOW_ONWARD,   /* from another pipe */
 	HOW_TEED,     /* from another pipe, which keeps it */
 	HOW_KEPT,     /* the destination's page cache has this very page */
+	HOW_GRANTED,  /* FUSE may have it */
 };
 
 struct journey_event {
@@ -60,6 +63,7 @@ struct journey_event {
 	u64 filled; /* and when a device filled it; of a mark: what it is; of a finding: its reason
 		     */
 	u64 page;   /* the address of its struct page */
+	u64 born_mapped; /* when memory was first mapped */
 	u32 id;
 	u32 step;
 	u32 via;
@@ -75,7 +79,7 @@ struct journey_event {
 	u32 first;
 	u32 direct;
 	u32 slots; /* of the pipe, one behind the other, that hold the page or its folio */
-	u32 pad;
+	u32 exact; /* told at that very moment, not by a look afterwards */
 	char comm[16];
 	char born_comm[16];
 	char name[32];
@@ -116,6 +120,7 @@ BPF_ARRAY(journey_target, struct target, 1);
 struct birth {
 	u64 time;
 	u64 filled;
+	u64 mapped;
 	u32 pid;
 	u32 exact;
 	char comm[16];
@@ -227,6 +232,7 @@ static __always_inline void tell_birth(struct journey_event *event, u64 head)
 		return;
 	event->born = birth->time;
 	event->filled = birth->filled;
+	event->born_mapped = birth->mapped;
 	event->born_pid = birth->pid;
 	event->born_exact = birth->exact;
 	__builtin_memcpy(event->born_comm, birth->comm, sizeof(event->born_comm));
@@ -265,6 +271,7 @@ struct hit {
 	u32 direct;
 	u32 nobody; /* the current process has nothing to do with it */
 	u32 slots;
+	u32 exact;
 };
 
 struct hits {
@@ -326,6 +333,7 @@ static __always_inline void tell(struct journey *journey, struct hit *hit)
 	event->end = hit->end;
 	event->direct = hit->direct;
 	event->slots = hit->slots;
+	event->exact = hit->exact;
 	if (!hit->nobody)
 		tell_who(event);
 	if (hit->time)

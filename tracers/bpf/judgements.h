@@ -47,11 +47,20 @@ enum reason {
 	COULD_CHANGE,
 	DID_CHANGE,
 	WRITTEN_LATER,
+	MAPPED_TO_WRITE,
 	UNEXPLAINED,
 };
 
 /* Classes of pipe buffers, told by their table of operations; the order is that of findings.py. */
 enum buffer_class { ANON_BUFFER, CACHE_BUFFER, USER_BUFFER, FILLED_BUFFER, NOSTEAL, NR_CLASSES };
+
+/* When a page was looked at; the order is that of findings.py. */
+enum moment {
+	SNAPSHOT,  /* as a call or a request began or ended, or at its end */
+	AT_STEAL,  /* as its pipe was asked to give it away */
+	AT_INSERT, /* as it was put into a page cache */
+	AT_MAP,	   /* as it was put into a page table */
+};
 
 /* include/linux/pipe_fs_i.h, 5.8 and later */
 #define PIPE_BUF_FLAG_GIFT	0x04
@@ -69,7 +78,7 @@ struct facts {
 	unsigned int flags;
 	unsigned int offset;
 	unsigned int length;
-	unsigned int pad;
+	unsigned int moment; /* when it was seen: enum moment */
 };
 
 #define HAS_FLAG(facts, bit) ((facts)->page_flags >> (bit)&1)
@@ -189,6 +198,39 @@ judge_published(struct facts *before, struct facts *now, int elsewhere)
 	    now->references > PUBLISHED_REFERENCES)
 		return PUBLISHED_WHILE_REFERENCED;
 	return NO_FINDING;
+}
+
+/* Why FUSE did not put a page into a page cache though its pipe gave it away: fuse_check_folio().
+ */
+static inline __attribute__((always_inline)) unsigned int why_put_back(struct facts *facts)
+{
+	if (facts->mapcount >= 0)
+		return STILL_MAPPED;
+	if (HAS_FLAG(facts, PG_SWAPBACKED_BIT))
+		return SWAP_BACKED;
+	if (facts->pages > 1)
+		return LARGE_FOLIO;
+	return HAS_FLAG(facts, PG_DIRTY_BIT) ? DIRTY_PAGE : NO_REASON;
+}
+
+/*
+ * What is wrong with a page that is about to be put into a page cache. Nobody else has it yet, so
+ * that all of its references but one are others'. Lookups refer to a page for a moment, so that
+ * there have to have been too many before, too.
+ *
+ * @before: references as it was stolen from a pipe; 0 where that is not known
+ */
+static inline __attribute__((always_inline)) unsigned int judge_insert(struct facts *facts,
+								       unsigned int before)
+{
+	if (is_cache_page(facts->mapping))
+		return DOUBLE_OWNER;
+	if (facts->mapcount >= 0)
+		return PUBLISHED_WHILE_MAPPED;
+	if (HAS_FLAG(facts, PG_SWAPBACKED_BIT) || HAS_FLAG(facts, PG_DIRTY_BIT) ||
+	    HAS_FLAG(facts, PG_WRITEBACK_BIT))
+		return PUBLISHED_ACTIVATED;
+	return facts->references > 1 && before > 1 ? PUBLISHED_WHILE_REFERENCED : NO_FINDING;
 }
 
 /* Page-cache pages may leave in a packet only if it says so (SKBFL_SHARED_FRAG, 5.14). */

@@ -23,6 +23,11 @@ int tp_mm_filemap_add_to_page_cache(u64 *ctx)
 
 	if (counts)
 		counts->inserted += FOLIO_NR(tracepoint_arg(ctx, 0));
+#if FINDINGS
+	if (counts && !inserts_are_probed())
+		judge_inserted(current_process(), tracepoint_arg(ctx, 0),
+			       read64(tracepoint_arg(ctx, 0) + PAGE_MAPPING), true);
+#endif
 	return 0;
 }
 
@@ -32,6 +37,9 @@ int tp_mm_filemap_delete_from_page_cache(u64 *ctx)
 
 	if (counts)
 		counts->removed += FOLIO_NR(tracepoint_arg(ctx, 0));
+#if FINDINGS
+	note_removal(tracepoint_arg(ctx, 0)); /* whoever does it */
+#endif
 	return 0;
 }
 

@@ -481,6 +481,9 @@ static __always_inline void judge(u64 *ctx, u64 task, u64 regs, u32 shape, struc
 	if (!walk)
 		return;
 	note_lent(call);
+#if FINDINGS
+	note_loan(call);
+#endif
 	prepare(walk, task, regs, shape, call, key, tally);
 	if (walk->verdict == NO_WALK)
 		return;
