@@ -15,6 +15,8 @@ struct loan {
 	u64 source; /* kind of the file's filesystem, as in ends.h */
 	u64 inode;  /* of the pipe, whose memory may be another's by now: its number tells */
 	u64 number;
+	u32 via;
+	u32 pad;
 };
 BPF_TABLE("lru_hash", struct loan_key, struct loan, loans, 4096);
 BPF_ARRAY(any_loans, u32, 1); /* whether there ever was one: most runs have none */
@@ -25,7 +27,8 @@ BPF_TABLE("lru_hash", u64, struct deed, removals, 4096);
 static __always_inline void note_loan(struct call *call)
 {
 	struct loan_key key = {};
-	struct loan loan = {.process = call->process, .source = call->source.id}, *known;
+	struct loan loan = {.process = call->process, .source = call->source.id, .via = call->via},
+		    *known;
 	u32 zero = 0, *any = any_loans.lookup(&zero);
 
 	if (!any || !END_IS_FILESYSTEM(loan.source) || !END_IS_PIPE(call->destination.id) ||

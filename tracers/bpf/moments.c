@@ -255,10 +255,8 @@ AT_ENTRY(insert_page)
 static __always_inline int map_lent(u64 fault, u64 page, u64 nr)
 {
 	u64 vma = read64(fault + VMF_VMA), flags = read64(vma + VMA_FLAGS);
-	struct finding_key key = {.destination = END_PIPE,
-				  .name = CHANGED_IN_FLIGHT,
-				  .reason = MAPPED_TO_WRITE,
-				  .via = VIA_SPLICE};
+	struct finding_key key = {
+		.destination = END_PIPE, .name = CHANGED_IN_FLIGHT, .reason = MAPPED_TO_WRITE};
 	struct facts facts = {.class = CACHE_BUFFER};
 	struct loan_key file = {};
 	struct deed deed = {};
@@ -284,6 +282,7 @@ static __always_inline int map_lent(u64 fault, u64 page, u64 nr)
 			continue;
 		key.process = loan->process;
 		key.source = loan->source;
+		key.via = loan->via;
 		load_slot_facts(&facts, search->slot);
 		facts.moment = AT_MAP;
 		record_all(&key, &facts, 0, search->found);
