@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,6 +109,36 @@ def test_functions_of_modules_are_tried_by_kretprobe() -> None:
         How.FEXIT,
         How.KRETPROBE,
     ]
+
+
+def test_a_result_alone_does_not_tell_what_fuse_copied_over_a_ring() -> None:
+    """It would be taken for the thread's next call."""
+    offers = replace(kernel("7.3", fexit=True, kprobes=True), fuse_ring=True)
+    found, reasons = providers.candidates(named("copies of FUSE messages"), offers)
+    assert [c.how for c in found] == [How.FEXIT]
+    assert reasons == ["the result of fuse_copy_do does not tell what went over a ring"]
+
+
+def test_what_ublk_servers_copy_is_their_own_calls_result() -> None:
+    for name, function, program in (
+        ("copies out of ublk requests", "ublk_ch_read_iter", "copied_in_ax"),
+        ("copies into ublk requests", "ublk_ch_write_iter", "copied_out_ax"),
+    ):
+        found = chosen(name, "7.3", fexit=True, kprobes=True)
+        assert found == [Candidate(How.KRETPROBE, function, program)]
+
+
+def test_a_module_that_is_not_loaded_copies_nothing() -> None:
+    ublk = named("copies into ublk requests")
+    assert replace(ublk, module="no such module").is_idle
+    assert not replace(ublk, module="").is_idle
+
+
+def test_what_failed_for_one_reason_is_told_together() -> None:
+    lost = ["kretprobe at one: gone", "kretprobe at two: gone", "one has 9 arguments here"]
+    taken = providers.Taken(ALL[0], None, lost)
+    assert taken.reason == "kretprobe at one, kretprobe at two: gone; one has 9 arguments here"
+    assert providers.Taken(ALL[0], None, []).reason == "not tried"
 
 
 def test_what_needs_arguments_has_no_kretprobe() -> None:

@@ -23,7 +23,10 @@ from rsplice.tracers.program import KPROBE_TYPE, BpfError, Program, can_fexit
 NEITHER = "this kernel has neither fentry nor kprobes for BPF"
 #: The tracepoint of the module rsplice_copies, and where the module is seen to be loaded.
 MODULE_TRACEPOINT = "rsplice_copied"
-_MODULE = Path("/sys/module/rsplice_copies")
+_MODULES = Path("/sys/module")
+_MODULE = _MODULES / "rsplice_copies"
+#: "Y" where FUSE may go over io_uring (6.14).
+_FUSE_RING = _MODULES / "fuse/parameters/enable_uring"
 
 
 class How(Enum):
@@ -51,6 +54,7 @@ class Kernel:
 
     :param arguments: how many arguments a function of vmlinux has, None where BTF has none
     :param tracepoints: those whose programs have all that they need here
+    :param fuse_ring: whether FUSE may go over io_uring
     """
 
     arguments: Callable[[str], int | None]
@@ -58,6 +62,7 @@ class Kernel:
     kprobes: bool = False
     module: bool = False
     tracepoints: frozenset[str] = frozenset()
+    fuse_ring: bool = False
 
     @property
     def measures(self) -> bool:
@@ -94,6 +99,7 @@ class Observation:
     :param fallback: one that is attached anyway, and tells less
     :param also: functions that do the same for other pages, probed too where the kernel has them
     :param cost: what the reader loses without it, in words; "" for copies
+    :param module: that has the functions, where most kernels do without it
     :param result: "in" or "out": how a kretprobe counts the result, where *program* looks closer
     """
 
@@ -108,6 +114,7 @@ class Observation:
     fallback: str = ""
     cost: str = ""
     result: str = ""
+    module: str = ""
     also: tuple[str, ...] = ()
     others: tuple[tuple[str, str, int], ...] = ()
     at_entry: bool = False
@@ -117,6 +124,11 @@ class Observation:
         """The program for one of the functions, and how many arguments it knows of."""
         own = ((program, number) for name, program, number in self.others if name == function)
         return next(own, (self.program, self.arguments))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the module whose functions these are is not loaded: it copies nothing."""
+        return bool(self.module) and not (_MODULES / self.module).exists()
 
     @property
     def loss(self) -> str:
@@ -187,12 +199,12 @@ COPIES: tuple[Observation, ...] = (
         outside=True,
         result="out",
     ),
-    # drivers/block/ublk_drv.c: what a server reads and writes by itself
+    # drivers/block/ublk_drv.c: what a server reads and writes by itself (UBLK_F_USER_COPY)
     Observation(
-        "copies of ublk requests",
-        ("ublk_copy_user_pages", "ublk_copy_user_pages.isra.0"),
-        "in",
-        outside=True,
+        "copies out of ublk requests", ("ublk_ch_read_iter",), "in", outside=True, module="ublk_drv"
+    ),
+    Observation(
+        "copies into ublk requests", ("ublk_ch_write_iter",), "out", outside=True, module="ublk_drv"
     ),
     # net/core/skbuff.c
     Observation("copies of zero-copy packets", ("skb_copy_ubufs",), "skb_copy_ubufs", 2, False),
@@ -374,8 +386,12 @@ class Taken:
 
     @property
     def reason(self) -> str:
-        """Why nothing is attached, for a user."""
-        return "; ".join(self.lost) or "not tried"
+        """Why nothing is attached, for a user: what failed for one reason is told together."""
+        places: dict[str, list[str]] = {}
+        for each in self.lost:
+            place, colon, words = each.partition(": ")
+            places.setdefault(colon + words, []).append(place)
+        return "; ".join(", ".join(at) + words for words, at in places.items()) or "not tried"
 
 
 def running(btf: Btf, tracepoints: Iterable[str] = ()) -> Kernel:
@@ -391,6 +407,7 @@ def running(btf: Btf, tracepoints: Iterable[str] = ()) -> Kernel:
         kprobes=KPROBE_TYPE.exists(),
         module=_MODULE.exists(),
         tracepoints=frozenset(tracepoints),
+        fuse_ring=_FUSE_RING.exists() and _FUSE_RING.read_text().strip() == "Y",
     )
 
 
@@ -422,7 +439,9 @@ def candidates(observation: Observation, kernel: Kernel) -> tuple[list[Candidate
             if kernel.kprobes and observation.at_entry:
                 found.append(Candidate(How.KPROBE, name, f"{program}_regs"))
         by_result = _kretprobe_program(observation)
-        if kernel.kprobes and by_result:
+        if observation.result and kernel.fuse_ring:
+            reasons.append(f"the result of {name} does not tell what went over a ring")
+        elif kernel.kprobes and by_result:
             found.append(Candidate(How.KRETPROBE, name, by_result))
     if observation.fallback in kernel.tracepoints:
         found.append(Candidate(How.TRACEPOINT, observation.fallback, ""))
@@ -473,6 +492,8 @@ def _take(
 ) -> Taken:
     if module and observation.by_iterator:
         return Taken(observation, module, [])  # it is attached once, for all of them
+    if observation.is_idle:
+        return Taken(observation, None, [f"the module {observation.module} is not loaded"])
     found, lost = candidates(observation, kernel)
     found = [candidate for candidate in found if candidate.how is not How.MODULE]
     taken = Taken(observation, _first(program, found, lost), lost)

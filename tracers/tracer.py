@@ -334,7 +334,9 @@ class Tracer:
             serves.add(Serves.JOURNEYS)
         self.observed = providers.attach(program, self._kernel, serves)
         for taken in self.observed:
-            if taken.candidate is None:
+            if taken.candidate is None and taken.observation.is_idle:
+                pass  # what is loaded later is inferred, and said to be
+            elif taken.candidate is None:
                 name, cost = taken.observation.functions[0], taken.observation.loss
                 self.missing.append(MissingProbe(name, taken.reason, cost))
             elif taken.candidate.how is providers.How.TRACEPOINT:
