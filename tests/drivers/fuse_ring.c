@@ -72,7 +72,8 @@ struct command {
 #define MAX_QUEUES   256
 #define FILE_NODE    2
 #define FILE_NAME    "file"
-#define DEADLINE     30 /* seconds: a lost request must not hang a test */
+#define EARLY	     0x10000 /* user_data of a READ_FIXED that nobody waits for */
+#define DEADLINE     30	     /* seconds: a lost request must not hang a test */
 
 struct mode {
 	const char *name;
@@ -80,6 +81,7 @@ struct mode {
 	uint32_t open_flags;
 	bool zero_copy;
 	bool writes; /* the child writes the file instead of reading it */
+	bool early;  /* READs are answered before their READ_FIXED has an end */
 };
 
 static const struct mode modes[] = {
@@ -90,6 +92,7 @@ static const struct mode modes[] = {
 	{.name = "direct-zero", .file = "direct", .open_flags = FOPEN_DIRECT_IO, .zero_copy = true},
 	{.name = "write-copy", .file = "direct", .writes = true},
 	{.name = "write-zero", .file = "direct", .zero_copy = true, .writes = true},
+	{.name = "early-zero", .file = "pipe", .zero_copy = true, .early = true},
 };
 
 struct entry {
@@ -268,7 +271,7 @@ static void reply(struct server *server, struct entry *entry, const void *data, 
 }
 
 /* The buffer is the request's own folios, which the kernel has put into the ring's table. */
-static void put_fixed(struct server *server, const struct entry *entry, int operation, size_t size,
+static void put_fixed(struct server *server, struct entry *entry, int operation, size_t size,
 		      uint64_t offset)
 {
 	unsigned int number = (unsigned int)(entry - server->entries);
@@ -276,7 +279,8 @@ static void put_fixed(struct server *server, const struct entry *entry, int oper
 
 	io_uring_prep_rw(operation, sqe, server->file.fd, NULL, (unsigned int)size, offset);
 	sqe->buf_index = (uint16_t)number;
-	sqe->user_data = number;
+	sqe->user_data = server->mode->early ? EARLY : number;
+	entry->busy = !server->mode->early;
 }
 
 static void answer_read(struct server *server, struct entry *entry, const struct fuse_read_in *in)
@@ -285,9 +289,10 @@ static void answer_read(struct server *server, struct entry *entry, const struct
 	size_t size = in->size < left ? in->size : left;
 
 	if (entry->header.flags & ENTRY_ZERO_COPY) {
-		entry->busy = true;
 		/* O_DIRECT reads whole blocks; what is past the end of the file stays as it is. */
 		put_fixed(server, entry, IORING_OP_READ_FIXED, in->size, in->offset);
+		if (server->mode->early)
+			commit(server, entry, 0, size, 0);
 		return;
 	}
 	if (carried("pread64", server->file.kind, USER_MEMORY,
@@ -307,7 +312,6 @@ static void reply_to_write(struct server *server, struct entry *entry, size_t si
 static void answer_write(struct server *server, struct entry *entry, const struct fuse_write_in *in)
 {
 	if (entry->header.flags & ENTRY_ZERO_COPY) {
-		entry->busy = true;
 		put_fixed(server, entry, IORING_OP_WRITE_FIXED, in->size, in->offset);
 		return;
 	}
@@ -406,9 +410,16 @@ static void serve(struct server *server)
 		if (io_uring_submit_and_wait(&server->ring, 1) < 0)
 			fail("io_uring");
 		while (!server->released && !io_uring_peek_cqe(&server->ring, &cqe)) {
-			entry = server->entries + cqe->user_data;
+			bool early = cqe->user_data == EARLY;
+
+			entry = server->entries + (early ? 0 : cqe->user_data);
 			result = cqe->res;
 			io_uring_cqe_seen(&server->ring, cqe);
+			if (early) {
+				carried("io_uring read_fixed", server->file.kind, "fuse request",
+					result);
+				continue;
+			}
 			if (entry->busy) {
 				finish_fixed(server, entry, result);
 				continue;
@@ -491,6 +502,25 @@ static void read_file(const struct server *server, int fd)
 		fail("read");
 }
 
+/*
+ * A page that the client has read already changes, though nobody writes the file: the READ_FIXED
+ * that was to fill it goes on.
+ */
+static void read_early(const struct server *server, int fd)
+{
+	char *data = buffer(), *pattern = data + PAGE;
+
+	memset(pattern, 'e', PAGE);
+	carried("pread64", "fuse", USER_MEMORY, pread(fd, data, PAGE, 0));
+	if (!memcmp(data, pattern, PAGE))
+		fail("a page that was not filled yet");
+	carried("write", USER_MEMORY, "pipe", write(server->file.peer, pattern, PAGE));
+	while (memcmp(data, pattern, PAGE)) {
+		usleep(1000);
+		carried("pread64", "fuse", USER_MEMORY, pread(fd, data, PAGE, 0));
+	}
+}
+
 /* Other bytes than the file has: those of the next place. */
 static void write_file(const struct server *server, int fd)
 {
@@ -538,7 +568,9 @@ static pid_t start_child(const struct server *server, const char *directory)
 	fd = open(path, O_RDWR | O_CLOEXEC);
 	if (fd < 0)
 		fail(path);
-	if (server->mode->writes)
+	if (server->mode->early)
+		read_early(server, fd);
+	else if (server->mode->writes)
 		write_file(server, fd);
 	else
 		read_file(server, fd);

@@ -48,6 +48,10 @@ MODES = {
 }
 
 
+#: A server that says too early that a page is filled, and serves one page.
+EARLY = "early-zero"
+
+
 @dataclass
 class Served:
     """One audit of a server in each mode, and of its client: processes named like the mode."""
@@ -110,11 +114,11 @@ def served(
         subprocess.run(["modprobe", "-q", "ublk_drv"])  # without it the servers say what is missing
     directory = tmp_path_factory.mktemp("served")
     lines = []
-    for mode, (server, tail) in MODES.items():
-        command = [driver.program.with_name(server), mode, "-n", PAGES, "-d", ext4]
-        command += ["-o", directory / f"{mode}.json", *(["-t", tail] if tail else [])]
-        if server == "fuse_ring" and not tail:
-            command += ["-t", 0]
+    for mode, (server, tail) in {**MODES, EARLY: ("fuse_ring", 0)}.items():
+        command = [driver.program.with_name(server), mode, "-n", 1 if mode == EARLY else PAGES]
+        command += ["-d", ext4, "-o", directory / f"{mode}.json"]
+        if server == "fuse_ring":
+            command += ["-t", tail]
         said, status = directory / f"{mode}.said", directory / f"{mode}.status"
         lines.append(f"{shlex.join(map(str, command))} 2>{said}; echo $? >{status}\n")
     return Served(audit(["/bin/sh", "-c", "".join(lines)]), directory)
@@ -197,6 +201,16 @@ def test_the_twin_copies_every_byte_of_a_write(name: str, mode: Mode) -> None:
     assert SIZE < request["payload_bytes"] < SIZE + 4096
     assert request["copied"] == request["copy_bytes"] == request["payload_bytes"]
     assert request["evidence"] == served.evidence
+
+
+@pytest.mark.parametrize("name", [EARLY])
+def test_a_server_that_answers_too_early_changes_what_was_read(name: str, mode: Mode) -> None:
+    """The client has seen it happen, or it would not have ended: the kernel does not wait."""
+    served = mode(name)
+    assert served.counts(name) == served.own(name)
+    read = served.path(name, "pipe", REQUEST, FIXED_READ)
+    how = "copied" if served.measured else "unknown"
+    assert read["payload_bytes"] == read[how] == 4096
 
 
 @pytest.mark.parametrize("name", ["ublk-zero"])
