@@ -218,6 +218,14 @@ REQUESTS = Observation(
     by_iterator=False,
     cost="copies of io_uring requests that run side by side are mixed up",
 )
+REQUEST_BEGINS = Observation(
+    "begins of an io_uring's requests",
+    ("io_issue_sqe",),
+    "request_begins",
+    by_iterator=False,
+    at_entry=True,
+    cost="copies of io_uring requests that another thread completes are mixed up",
+)
 
 
 _TOLD_LATER = "why pages were not moved is told from what was seen before the reply, or not at all"
@@ -355,7 +363,7 @@ INSTEAD = {
     "fuse_request_end": "of FUSE replies only pages that the kernel asked for tell why they stayed",
     "mm_filemap_map_pages": "",
 }
-ALL: tuple[Observation, ...] = (*COPIES, REQUESTS, *PAGES, *MOMENTS)
+ALL: tuple[Observation, ...] = (*COPIES, REQUEST_BEGINS, REQUESTS, *PAGES, *MOMENTS)
 
 #: Programs that return the bytes of a function, by the number of its arguments.
 RETURNS = {"in": (1, 2, 3, 4, 7), "out": (2, 3, 4, 5)}

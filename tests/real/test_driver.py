@@ -158,6 +158,9 @@ CASES = [
         for v in ("write", "writev", "write_fixed")
         for m in ("", "-F async", "-F sqpoll")
     ),
+    # By a worker, and completed by the thread that waits.
+    reads("io_uring read", "file", "ext4", more="-F async,defer"),
+    writes("io_uring write", "file", "ext4", more="-F async,defer"),
     reads("io_uring read", "direct", DIRECT, "direct"),
     writes("io_uring write", "direct", DIRECT, "direct"),
     reads("io_uring read_multishot", "pipe", "pipe"),

@@ -44,6 +44,8 @@ COPIED = {
     "recvmsg -f tcp": ("tcp", USER, "recvmsg"),
     "io_uring-read -f file": ("ext4", USER, "io_uring read"),
     "io_uring-read -f file -F async": ("ext4", USER, "io_uring read"),
+    "io_uring-read -f file -F async,defer": ("ext4", USER, "io_uring read"),
+    "io_uring-write -t file -F async,defer": (USER, "ext4", "io_uring write"),
     "io_uring-write -t file -F sqpoll": (USER, "ext4", "io_uring write"),
     "process_vm_readv": (USER, USER, "process_vm_readv"),
 }

@@ -18,10 +18,23 @@ static __always_inline u64 peek64(u64 address)
 	return value;
 }
 
+/* A trampoline has a function's arguments in a row, a breakpoint at its entry in registers. */
+#define AT_ENTRY(name)                                                                             \
+	int name(u64 *ctx)                                                                         \
+	{                                                                                          \
+		return name##_at(tracepoint_arg(ctx, 0), tracepoint_arg(ctx, 1));                  \
+	}                                                                                          \
+	int name##_regs(u64 *ctx)                                                                  \
+	{                                                                                          \
+		return name##_at(tracepoint_arg(ctx, REGS_ARG0 / 8),                               \
+				 tracepoint_arg(ctx, REGS_ARG1 / 8));                              \
+	}
+
 static __always_inline int count_copied(u32 side, s64 bytes)
 {
 	u64 who = bpf_get_current_pid_tgid(), task = bpf_get_current_task();
 	struct copied none = {}, *copied;
+	u64 *request;
 	u32 tid = who;
 
 	if (bytes <= 0)
@@ -32,7 +45,9 @@ static __always_inline int count_copied(u32 side, s64 bytes)
 	}
 	if (!process_of(who >> 32, task))
 		return 0;
-	copied = copied_by.lookup_or_try_init(&tid, &none);
+	request = served.lookup(&tid);
+	copied = request ? copied_for.lookup_or_try_init(request, &none)
+			 : copied_by.lookup_or_try_init(&tid, &none);
 	if (copied)
 		copied->bytes[side] += bytes;
 	else
@@ -165,20 +180,49 @@ int copied_fuse_copy_do(u64 *ctx)
 	return count_copied(SIDE_OUT, bytes);
 }
 
+/* Whether a request of an io_uring is a leg. */
+static __always_inline bool is_leg(u64 request)
+{
+	u32 opcode = peek64(request + KIOCB_OPCODE) & 0xff;
+	u64 *entry = uring_table.lookup(&opcode);
+
+	return entry && *entry && (*entry & 0xff) != SHAPE_COMMAND;
+}
+
 /*
- * io_issue_sqe(req, ...): what its thread copied meanwhile is the request's, if that is a leg. It
- * must not be left to the next request, which is likely to be kept at the same address.
+ * io_issue_sqe(req, ...) begins: what its thread copies is the request's from now on. At the return
+ * that would be too late: where a worker serves a ring whose own thread completes requests
+ * (IORING_SETUP_DEFER_TASKRUN, 6.1), the request is complete by then, and maybe another one.
+ */
+static __always_inline int copied_request_begins_at(u64 request, u64 flags)
+{
+	u64 who = bpf_get_current_pid_tgid();
+	u32 tid = who;
+
+	if (process_of(who >> 32, bpf_get_current_task()) && is_leg(request))
+		served.update(&tid, &request);
+	return 0;
+}
+AT_ENTRY(copied_request_begins)
+
+/*
+ * io_issue_sqe(req, ...) ends. What was not told to be the request's from its begin is so now, if
+ * it is a leg. It must not be left to the next request, which is likely to be kept at the same
+ * address.
  */
 int copied_request(u64 *ctx)
 {
-	u64 request = tracepoint_arg(ctx, 0), *entry;
-	u32 tid = bpf_get_current_pid_tgid(), opcode = peek64(request + KIOCB_OPCODE) & 0xff;
+	u64 request = tracepoint_arg(ctx, 0);
+	u32 tid = bpf_get_current_pid_tgid();
 	struct copied none = {}, *mine = copied_by.lookup(&tid), *own;
 
+	if (served.lookup(&tid)) {
+		served.delete(&tid);
+		return 0;
+	}
 	if (!mine || (!mine->bytes[SIDE_IN] && !mine->bytes[SIDE_OUT]))
 		return 0;
-	entry = uring_table.lookup(&opcode);
-	if (!entry || !*entry || (*entry & 0xff) == SHAPE_COMMAND) {
+	if (!is_leg(request)) {
 		count_outside(OTHER_CALLS, mine->bytes[SIDE_IN] + mine->bytes[SIDE_OUT]);
 		mine->bytes[SIDE_IN] = mine->bytes[SIDE_OUT] = 0;
 		return 0;

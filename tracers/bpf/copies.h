@@ -18,6 +18,7 @@ struct copied {
 };
 BPF_TABLE("lru_hash", u32, struct copied, copied_by, 4096);    /* thread */
 BPF_TABLE("lru_hash", u64, struct copied, copied_for, 4096);   /* request of an io_uring */
+BPF_TABLE("lru_hash", u32, u64, served, 4096);		       /* thread: the request it is in */
 BPF_TABLE("percpu_array", u32, struct copied, copied_last, 1); /* in the call that returns */
 #if HAVE_FUSE_RING
 BPF_TABLE("lru_hash", u64, struct copied, copied_over_ring, 4096); /* request of FUSE */
@@ -97,6 +98,17 @@ static __always_inline void take_request_copies(struct key *key, u64 request, u6
 	mine = copied_by.lookup(&tid);
 	if (mine && mine->bytes[SIDE_IN] + mine->bytes[SIDE_OUT] <= bytes)
 		book_copies(key, mine, 0);
+}
+
+/* A request that failed is no leg, and the next one is likely to be kept at the same address. */
+static __always_inline void drop_request_copies(u64 request)
+{
+	struct copied *own = copied_for.lookup(&request);
+
+	if (!own)
+		return;
+	count_outside(OTHER_CALLS, own->bytes[SIDE_IN] + own->bytes[SIDE_OUT]);
+	copied_for.delete(&request);
 }
 
 #if HAVE_FUSE_RING

@@ -266,8 +266,12 @@ int tp_io_uring_complete(u64 *ctx)
 		count_notification(&where, result);
 		return 0;
 	}
-	if (result < 0)
+	if (result < 0) {
+#if MEASURED
+		drop_request_copies(request);
+#endif
 		return 0;
+	}
 	if (!request) {
 		found = uring_notes.lookup(&where);
 		if (!found || !found->request)

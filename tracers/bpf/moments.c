@@ -7,18 +7,6 @@
  * or whoever does it, is followed.
  */
 #if MEASURED
-/* A trampoline has a function's arguments in a row, a breakpoint at its entry in registers. */
-#define AT_ENTRY(name)                                                                             \
-	int name(u64 *ctx)                                                                         \
-	{                                                                                          \
-		return name##_at(tracepoint_arg(ctx, 0), tracepoint_arg(ctx, 1));                  \
-	}                                                                                          \
-	int name##_regs(u64 *ctx)                                                                  \
-	{                                                                                          \
-		return name##_at(tracepoint_arg(ctx, REGS_ARG0 / 8),                               \
-				 tracepoint_arg(ctx, REGS_ARG1 / 8));                              \
-	}
-
 #if JOURNEY && HAVE_IDENTITY && IDENTITY
 /* @head: the first page of a folio, as in all that follows */
 static __always_inline struct journey *journey_of(u64 head)
