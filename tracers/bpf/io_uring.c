@@ -177,7 +177,8 @@ int tp_io_uring_submit_req(u64 *ctx)
 	u64 *entry;
 
 	entry = uring_table.lookup(&opcode);
-	if (!entry || !*entry || !current_process())
+	/* What a command brings, if anything, is told when it is complete. */
+	if (!entry || !*entry || (*entry & 0xff) == SHAPE_COMMAND || !current_process())
 		return 0;
 	if (read32(request + KIOCB_FLAGS) & REQ_F_CQE_SKIP)
 		count_lost(LOST_CQE_SKIPPED);
