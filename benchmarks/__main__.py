@@ -92,7 +92,8 @@ def main() -> int:
         if arguments.o:
             arguments.o.write_text(json.dumps(result, indent=2) + "\n")
         if arguments.write_docs:
-            (ROOT / "docs" / "overhead.md").write_text(report.markdown(result, titles))
+            docs = ROOT / "docs" / "overhead.md"
+            docs.write_text(report.markdown(result, titles) + report.kept(docs.read_text()))
     except (OSError, Unavailable) as error:
         console.print(f"benchmarks: {error}", markup=False)
         return 1

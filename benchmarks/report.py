@@ -18,6 +18,9 @@ from benchmarks.web import LOAD, SIZES
 
 MIB = 1 << 20
 
+#: What stands behind it in docs/overhead.md is of other measurements.
+KEPT = "<!-- what follows is kept: benchmarks.measuring -->"
+
 #: The load average of the last minute up to which a machine counts as quiet.
 QUIET_LOAD = 0.5
 
@@ -196,6 +199,11 @@ def machine_line(result: dict[str, Any]) -> str:
         f"{m['processor']}, {m['processors']} processors, {m['memory_gib']} GiB of memory, "
         f"Linux {m['kernel']}; load average when it started: {m['load']:.2f}.{busy}"
     )
+
+
+def kept(page: str) -> str:
+    """The part of docs/overhead.md that stays when the rest is written anew."""
+    return "".join(page.partition(f"\n{KEPT}")[1:])
 
 
 def markdown_table(heading: list[str], rows: list[list[str]]) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import calls, footprint, report, web
+from benchmarks import calls, footprint, measuring, report, web
 from benchmarks.stats import Summary, Target, added_per_call, fewer_per_cent, paired, ratio
 from benchmarks.stats import summarize as summary_of
-from benchmarks.tracers import UNTRACED, Tracer, Unavailable, build, run_loop, tracers
+from benchmarks.tracers import ROOT, UNTRACED, Tracer, Unavailable, build, run_loop, tracers
 
 needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 
@@ -174,6 +174,23 @@ def test_document_has_every_part() -> None:
     document = result(untraced=1000)
     document["footprint"]["missing"] = {"live_cpu": "no terminal"}
     assert "## Not measured\n\n- live_cpu: no terminal\n" in report.markdown(document, TITLES)
+
+
+def test_what_was_measured_elsewhere_stays_in_the_document() -> None:
+    own = f"\n{report.KEPT}\n\n## Measuring\n\na table\n"
+    assert report.kept(f"# Overhead\n{own}") == own
+    assert report.kept("# Overhead\n") == ""
+    assert report.KEPT in (ROOT / "docs" / "overhead.md").read_text()
+
+
+def test_measuring_is_compared_with_not_measuring_round_by_round() -> None:
+    untraced = [[1000.0 * (spec + 1) * round_ for spec in range(4)] for round_ in (1, 2, 3)]
+    traced = [[ns * 1.5 for ns in round_] for round_ in untraced]
+    text = measuring.table(dict(zip(measuring.WAYS, (untraced, traced, untraced), strict=True)))
+    assert text.splitlines()[2] == (
+        "| splice 4 KiB | 2.0 us | 1.50 (1.50 to 1.50) | 1.00 (1.00 to 1.00) |"
+    )
+    assert len(text.splitlines()) == 2 + len(measuring.SPECS)
 
 
 def test_rate_of_wrk() -> None:
