@@ -83,19 +83,19 @@ static __always_inline int keep_mapped(u64 head)
 }
 
 /* folio_add_file_rmap_ptes(folio, ...) and the like at their return, and page_...(page, ...). */
-#define AT_RMAP(name, told)                                                                        \
+#define AT_RMAP(name, told, wanted)                                                                \
 	int name(u64 *ctx)                                                                         \
 	{                                                                                          \
 		return told(tracepoint_arg(ctx, 0));                                               \
 	}                                                                                          \
 	int name##_page(u64 *ctx)                                                                  \
 	{                                                                                          \
-		return any_journey() ? told(head_of(plain(tracepoint_arg(ctx, 0)))) : 0;           \
+		return wanted ? told(head_of(plain(tracepoint_arg(ctx, 0)))) : 0;                  \
 	}
 
-AT_RMAP(jm_mapped, tell_mapped)
-AT_RMAP(jm_unmapped, tell_unmapped)
-AT_RMAP(jm_born, keep_mapped)
+AT_RMAP(jm_mapped, tell_mapped, any_journey())
+AT_RMAP(jm_unmapped, tell_unmapped, any_journey())
+AT_RMAP(jm_born, keep_mapped, true)
 
 /* The release(pipe, buf) of a class of buffers: the page's reference is about to go. */
 static __always_inline int jm_released_at(u64 pipe, u64 slot)
