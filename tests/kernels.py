@@ -42,6 +42,7 @@ TESTS = (
     "tests/real/test_driver.py",
     "tests/real/test_measured.py",
     "tests/real/test_findings.py",
+    "tests/real/test_moments.py",
     "tests/real/test_descendants.py",
     "tests/real/test_library_findings.py",
     "tests/real/test_fuse.py",
