@@ -293,15 +293,15 @@ int tp_io_uring_complete(u64 *ctx)
 	call->flags = 0;
 	shape = *entry & 0xff;
 	call->via = *entry >> 8;
-#if HAVE_FUSE_RING
 	if (shape == SHAPE_COMMAND) {
+#if HAVE_FUSE_RING
 		fill_end(&call->source, read64(request + KIOCB_FILE));
 		forget();
 		if (call->source.id == END_FUSE_DEVICE)
 			count_ring_request(call, request, task);
+#endif
 		return 0;
 	}
-#endif
 	call->bytes = result;
 	ends_of_request(request, opcode, shape, task, call);
 	forget();
