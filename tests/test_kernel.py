@@ -704,6 +704,8 @@ def test_a_kernels_results_are_held_against_what_it_can_show() -> None:
         "6.1: tests/test_x.py::test_one[b]: skipped: why",
         "6.1: tests/test_x.py::test_late: passed, but should not: it came with 6.2",
     ]
+    newer = kernels.NotSeen("test_late", None, "it went with 6.3", since=(6, 3))
+    assert [newer.holds(version) for version in ((6, 2), (6, 3), (7, 0))] == [False, True, True]
     assert outcome_of("6.12", a="passed", late="failed").problems() == [
         "6.12: tests/test_x.py::test_one[b]: missing: the guest ended before it",
         "6.12: tests/test_x.py::test_late: failed: why",
@@ -763,6 +765,19 @@ def test_a_guest_that_ends_in_a_test_fails_it_and_another_one_runs_the_rest(
     }
     monkeypatch.setattr(kernels, "BOOTS", 1)
     assert kernels._run("6.1", tests).left == tests[2:]
+
+
+def test_results_of_single_tests_are_added_to_those_of_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "BUILD", tmp_path)
+    kernels._store(outcome_of("6.1", a="passed", b="failed"), add=False)
+    kernels._store(outcome_of("6.1", b="passed", late="failed"), add=True)
+    tests = outcome_of("6.1").collected
+    again = kernels._stored("6.1", tests)
+    assert [again.results[test][0] for test in tests] == ["passed", "passed", "failed"]
+    kernels._store(outcome_of("6.1", a="passed"), add=False)
+    assert kernels._stored("6.1", tests).left == tests[1:]
 
 
 def test_the_docs_give_the_reasons_that_the_tests_know() -> None:
