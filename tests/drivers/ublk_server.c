@@ -146,9 +146,9 @@ static void add_disk(void)
 	if (error > 0)
 		unsupported("a ublk disk (Linux 6.4)");
 	server.number = info.dev_id;
-	errno = EOPNOTSUPP;
 	if ((info.flags & server.mode->flags) != server.mode->flags) {
 		control(UBLK_CMD_DEL_DEV, NULL, 0, 0);
+		errno = EOPNOTSUPP;
 		unsupported("this way to answer requests of ublk (Linux 6.16)");
 	}
 	expect("the disk's size", control(UBLK_CMD_SET_PARAMS, &params, sizeof(params), 0));
