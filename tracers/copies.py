@@ -55,10 +55,9 @@ class Copies:
 
     def retire(self, key: bytes) -> None:
         """Takes what is known of a tally out of the kernel's map."""
-        values = self.map.get(key)
+        values = self.map.take(key)
         if values is not None:
             self._retired[key] = _plus(self._retired.get(key, (0, 0)), _sum(values))
-            self.map.delete(key)
 
     def forget(self, is_dead: Callable[[bytes], bool]) -> None:
         """Drops what was taken out of the kernel's map of the tallies that are dead."""

@@ -179,19 +179,19 @@ class Counters:
 
         :param gone: what the map "processes" has of them
         """
-        for key, values in self._tallies.items():
+        for key, _ in self._tallies.items():
             # Of those that are retired already: what has come back from the places in front.
+            # Taken, not read and deleted: any call may send more of them back meanwhile.
             if key[:8] in gone or key[:8] in self._retired_processes:
-                before = self._retired.get(key, [0] * _COUNTERS)
-                self._retired[key] = _add(before, _sum(_TALLY, values))
-                self._tallies.delete(key)
+                if values := self._tallies.take(key):
+                    before = self._retired.get(key, [0] * _COUNTERS)
+                    self._retired[key] = _add(before, _sum(_TALLY, values))
                 if self.copies:
                     self.copies.retire(key)
-        for key, values in self._pages.items():
-            if key in gone:
+        for key, _ in self._pages.items():
+            if key in gone and (values := self._pages.take(key)):
                 before = self._retired_pages.get(key, [0] * 4)
                 self._retired_pages[key] = _add(before, _sum(_PAGES, values))
-                self._pages.delete(key)
         if self._marks is not None:
             for key, values in self._marks.items():
                 if key[:8] in gone:
