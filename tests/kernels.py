@@ -94,12 +94,6 @@ NOT_SEEN: tuple[NotSeen, ...] = (
         (6, 11),
         "before 6.11 the kernel has no FUSE tracepoints, by which the test finds a reply's pages",
     ),
-    NotSeen(
-        r"test_page_identity.py::test_a_page_is_filled",
-        None,
-        "from 7.0 on journeys do not tell that a device has filled the pages of an O_DIRECT splice",
-        since=(7, 0),
-    ),
     NotSeen(r"descendants.*\[ublk-buffer\]", (6, 4), "ublk takes encoded commands since 6.4"),
     NotSeen(r"descendants.*\[ublk-copy\]", (6, 5), "ublk has UBLK_F_USER_COPY since 6.5"),
     NotSeen(

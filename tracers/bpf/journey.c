@@ -77,17 +77,33 @@ struct bio_walk {
 	u64 vecs;
 	u64 page;
 	u64 last; /* the folio before */
-	u32 nr;
+	u32 nr;	  /* entries of vecs */
+	u32 bytes;
+	u32 done; /* bytes of the next entry that are somebody else's */
 	u32 at;
 	u32 left;
 	u32 op;
 };
 BPF_TABLE("percpu_array", u32, struct bio_walk, bio_walks, NR_LEVELS);
 
+/*
+ * What is still to be transferred is told by bi_iter alone: bi_vcnt is 0 in clones, and from 7.0 on
+ * in a bio over pages of a bio_vec (bio_iov_bvec_set(), block/bio.c), such as an O_DIRECT splice's.
+ * Where all is done already, as at the end of a bio without a request, the owner's bi_vcnt is left.
+ */
 static __always_inline void enter_bio(struct bio_walk *walk, u64 bio, bool request)
 {
+	walk->bytes = read32(bio + J_BIO_SIZE);
 	walk->vecs = read64(bio + J_BIO_VECS);
-	walk->nr = read16(bio + J_BIO_VCNT);
+	walk->done = 0;
+	if (walk->bytes) {
+		walk->vecs += (u64)(u32)read32(bio + J_BIO_INDEX) * J_BVEC_SIZE;
+		walk->done = read32(bio + J_BIO_DONE);
+		walk->nr = ~0U;
+	} else {
+		walk->nr = read16(bio + J_BIO_VCNT);
+		walk->bytes = ~0U;
+	}
 	walk->next = request ? read64(bio + J_BIO_NEXT) : 0;
 	walk->at = walk->left = 0;
 }
@@ -109,19 +125,24 @@ static __always_inline struct bio_walk *start_bio(u32 level, u64 bio, bool reque
 static __always_inline u64 next_folio(struct bio_walk *walk)
 {
 	u64 vec, head;
-	u32 offset;
+	u32 offset, length;
 
 	if (!walk->left) {
-		if (walk->at >= walk->nr) {
+		if (walk->at >= walk->nr || !walk->bytes) {
 			if (!walk->next)
 				return 0;
 			enter_bio(walk, walk->next, true);
 			return SAME_FOLIO;
 		}
 		vec = walk->vecs + (u64)walk->at++ * J_BVEC_SIZE;
-		offset = read32(vec + J_BVEC_OFFSET);
+		offset = (u32)read32(vec + J_BVEC_OFFSET) + walk->done;
+		length = (u32)read32(vec + J_BVEC_LEN) - walk->done;
+		if (length > walk->bytes)
+			length = walk->bytes;
+		walk->bytes -= length;
+		walk->done = 0;
 		walk->page = read64(vec + J_BVEC_PAGE) + (u64)(offset >> 12) * PAGE_SIZE_OF;
-		walk->left = ((offset & 4095) + (u32)read32(vec + J_BVEC_LEN) + 4095) >> 12;
+		walk->left = ((offset & 4095) + length + 4095) >> 12;
 		if (!walk->left)
 			return SAME_FOLIO;
 	}
