@@ -147,7 +147,12 @@ def shell(script: str, *arguments: str | Path) -> str:
     return shlex.join(python(script, *arguments)) + "\n"
 
 
-def told(story: Story, *, without: tuple[str, ...] = ("librsplice", "listed")) -> list[str]:
+#: What kernels with fentry alone tell; test_moments.py looks at it more closely.
+MOMENTS = ("asked", "released")
+_OTHERS = ("librsplice", "listed", *MOMENTS)
+
+
+def told(story: Story, *, without: tuple[str, ...] = _OTHERS) -> list[str]:
     return [step["what"] for step in story["steps"] if step["what"] not in without]
 
 
@@ -155,6 +160,12 @@ def step(story: Story, what: str) -> dict[str, Any]:
     """The first step of that name."""
     found: dict[str, Any] = next(s for s in story["steps"] if s["what"] == what)
     return found
+
+
+def once_around(stories: list[Story]) -> list[str]:
+    """The steps of a page that goes through a pipe into /dev/null once, on this kernel."""
+    released = any(s["what"] == "released" for story in stories for s in story["steps"])
+    return ["queued", *(["released"] if released else []), "dropped"]
 
 
 @dataclass
@@ -234,8 +245,9 @@ def test_a_page_of_a_file_is_queued_twice_and_lives_on(queued: Told) -> None:
 
 def test_a_busy_page_does_not_crowd_out_others(queued: Told) -> None:
     (story,) = queued.of("j-hot")
-    assert told(story)[1:] == ["queued", "dropped"] * (SHARE // 2)
-    assert story["unkept"] == 2 * HOT - SHARE
+    around = once_around(queued.stories)
+    assert told(story, without=("listed",))[1:] == (around * SHARE)[:SHARE]
+    assert story["unkept"] == len(around) * HOT - SHARE
 
 
 def test_a_page_that_sendfile_sends(queued: Told) -> None:
@@ -249,15 +261,20 @@ def test_a_page_that_sendfile_sends(queued: Told) -> None:
 
 def test_a_gift_is_still_mapped_when_it_is_queued(queued: Told) -> None:
     (story,) = [s for s in queued.of("j-gift") if step(s, "queued")["comm"] == "j-gift"]
-    assert told(story)[:4] == ["allocated", "queued", "finding", "copied"]
-    assert told(story)[4] == "unmapped"
+    assert told(story, without=(*_OTHERS, "mapped"))[:5] == [
+        "allocated", "queued", "finding", "copied", "unmapped"
+    ]  # fmt: skip
     assert step(story, "finding")["detail"] == "gift-still-mapped"
     queue = step(story, "queued")
     assert (queue["mapcount"], queue["mapping"]) == (1, "anonymous memory")
     assert "swapbacked" in queue["flags"]
     assert step(story, "unmapped")["mapcount"] == 0
     assert story["frame"] == queued.frame > 0
-    assert step(story, "unmapped")["pid"] == 0, "whoever notices need not have done it"
+    unmapped = step(story, "unmapped")
+    if unmapped["moment"] == "snapshot":
+        assert unmapped["pid"] == 0, "whoever notices need not have done it"
+    else:
+        assert unmapped["pid"] == queue["pid"]
 
 
 def test_what_is_written_to_a_pipe_is_freed_after_it_was_read(queued: Told) -> None:
@@ -273,7 +290,7 @@ def test_a_page_that_a_fuse_reply_moves(queued: Told) -> None:
     stories = [s for s in queued.of("rsplice-fuse") if "stolen" in told(s)]
     assert len(stories) == READER_PAGES
     for story in stories:
-        words = told(story, without=("listed", "unmapped"))
+        words = told(story, without=("listed", "unmapped", *MOMENTS))
         pages = [w for w in words if w != "librsplice"]
         assert pages == [
             "allocated", "filled", "queued", "queued", "stolen", "mapped", "removed", "freed"
@@ -300,7 +317,8 @@ def test_nothing_was_lost(queued: Told, cached: Told) -> None:
     for audited in (queued, cached):
         journeys = audited.result.json["journeys"]
         assert journeys["events_lost"] == 0
-        assert [s["unkept"] for s in journeys["stories"] if s["unkept"]] in ([], [2 * HOT - SHARE])
+        unkept = len(once_around(queued.stories)) * HOT - SHARE
+        assert [s["unkept"] for s in journeys["stories"] if s["unkept"]] in ([], [unkept])
         missing = audited.result.json["accuracy"]["probes_missing"]
         assert [m for m in missing if m["probe"].startswith("journey")] == []
 
