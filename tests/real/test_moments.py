@@ -456,7 +456,7 @@ def test_what_is_seen_at_an_entry_can_be_seen_by_a_breakpoint_too(direct: bool |
             (candidate,) = providers.candidates(each, offers)[0]
             assert candidate.how is How.KPROBE
             tracer.program.attach_kprobe(candidate.program, candidate.function, False)
-        assert len(entries) == 5
+        assert len(entries) == 6
         assert lost_moments(tracer) == []
         with pytest.raises(BpfError):
             tracer.program.attach_kprobe("move_page_regs", "no_such_function_at_all", False)
