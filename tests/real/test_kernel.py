@@ -127,23 +127,12 @@ def test_an_audit_in_a_guest_is_reported_here(kernel: cache.Kernel, tmp_path: Pa
 @pytest.mark.slow
 def test_a_killed_rsplice_leaves_no_qemu(kernel: cache.Kernel, tmp_path: Path) -> None:
     command = ("kernel", "run", SERIES, "--", "sh", "-c", "echo ready; sleep 1000")
-    with subprocess.Popen(
-        [*RSPLICE, *command],
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-    ) as run:
+    with started(*command, cwd=tmp_path) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == b"ready\n"
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in children}
-        (qemu,) = [pid for pid, name in names.items() if name.startswith("qemu")]
+        guests = guests_of(run)
         run.kill()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{qemu}").exists():
-        assert time.monotonic() < deadline, "QEMU outlives rsplice"
-        time.sleep(0.02)
+    assert len(guests) == 1 and gone(guests)
 
 
 @pytest.mark.slow
