@@ -84,4 +84,17 @@ void feed(const struct endpoint *source, size_t size);
 void drain(const struct endpoint *sink, size_t size);
 void take(int fd, const char *kind, size_t size);
 
+/* server.c */
+/*
+ * Reads "MODE [-n PAGES] [-t TAIL_BYTES] [-d DIRECTORY] [-o REPORT]" and gives the process its
+ * mode's name and a time limit.
+ *
+ * @modes: nr structures of size bytes that begin with their name
+ * @tail: bytes behind the whole pages unless -t tells; 0: none, and no such option
+ */
+const void *server_mode(int argc, char **argv, const void *modes, size_t nr, size_t size,
+			size_t tail, struct options *options);
+/* In a mount namespace of its own, which goes with the last of its processes. */
+void mount_fuse(int device, const char *directory);
+
 #endif

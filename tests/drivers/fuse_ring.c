@@ -12,10 +12,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <liburing.h>
 #include <linux/fuse.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,7 +71,6 @@ struct command {
 #define FILE_NODE    2
 #define FILE_NAME    "file"
 #define EARLY	     0x10000 /* user_data of a READ_FIXED that nobody waits for */
-#define DEADLINE     30	     /* seconds: a lost request must not hang a test */
 
 struct mode {
 	const char *name;
@@ -577,18 +574,6 @@ static pid_t start_child(const struct server *server, const char *directory)
 	_exit(0);
 }
 
-static void mount_on(const struct server *server, const char *directory)
-{
-	char settings[64];
-
-	snprintf(settings, sizeof(settings), "fd=%d,rootmode=40000,user_id=0,group_id=0",
-		 server->device);
-	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-		unsupported("a mount namespace");
-	if (mount("fuse_ring", directory, "fuse", MS_NOSUID | MS_NODEV, settings) < 0)
-		unsupported("mounting a FUSE file system");
-}
-
 static void run(struct server *server, const struct options *options)
 {
 	pid_t child;
@@ -598,7 +583,7 @@ static void run(struct server *server, const struct options *options)
 	server->device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (server->device < 0)
 		unsupported("/dev/fuse");
-	mount_on(server, options->directory);
+	mount_fuse(server->device, options->directory);
 	initialise(server);
 	child = start_child(server, options->directory);
 	set_up_ring(server);
@@ -611,53 +596,14 @@ static void run(struct server *server, const struct options *options)
 		fail("umount");
 }
 
-static __attribute__((noreturn)) void misused(void)
-{
-	fputs("usage: fuse_ring MODE [-n PAGES] [-t TAIL_BYTES] [-d DIRECTORY] [-o REPORT]\n",
-	      stderr);
-	exit(2);
-}
-
-static const struct mode *find(const char *name)
-{
-	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
-		if (!strcmp(modes[i].name, name))
-			return &modes[i];
-	misused();
-}
-
 int main(int argc, char **argv)
 {
-	struct options options = {.count = 1, .directory = "."};
+	struct options options;
 	struct server server = {0};
-	size_t pages = 23, tail = 101;
-	int option;
 
-	if (argc < 2)
-		misused();
-	server.mode = find(argv[1]);
-	optind = 2;
-	while ((option = getopt(argc, argv, "n:t:d:o:")) != -1) {
-		switch (option) {
-		case 'n':
-			pages = strtoul(optarg, NULL, 0);
-			break;
-		case 't':
-			tail = strtoul(optarg, NULL, 0);
-			break;
-		case 'd':
-			options.directory = optarg;
-			break;
-		case 'o':
-			options.output = optarg;
-			break;
-		default:
-			misused();
-		}
-	}
-	alarm(DEADLINE);
-	prctl(PR_SET_NAME, server.mode->name, 0, 0, 0);
-	options.size = server.size = pages * PAGE + tail;
+	server.mode = server_mode(argc, argv, modes, sizeof(modes) / sizeof(modes[0]),
+				  sizeof(modes[0]), 101, &options);
+	server.size = options.size;
 	options.from = server.mode->file;
 	account_open(-1);
 	run(&server, &options);

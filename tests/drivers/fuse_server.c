@@ -11,9 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <linux/fuse.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -32,7 +30,6 @@
 #define REQUEST_ROOM (128UL << 10)
 #define FILE_NODE    2
 #define FILE_NAME    "file"
-#define DEADLINE     30	   /* seconds: a lost request must not hang a test */
 #define SETTLED	     20000 /* microseconds after which a finished read refers to no page */
 
 struct server;
@@ -516,18 +513,6 @@ static __attribute__((noreturn)) void read_file(const struct server *server, con
 	_exit(0);
 }
 
-static void mount_on(const struct server *server, const char *directory)
-{
-	char settings[64];
-
-	snprintf(settings, sizeof(settings), "fd=%d,rootmode=40000,user_id=0,group_id=0",
-		 server->device);
-	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-		unsupported("a mount namespace");
-	if (mount("fuse_server", directory, "fuse", MS_NOSUID | MS_NODEV, settings) < 0)
-		unsupported("mounting a FUSE file system");
-}
-
 static pid_t start_reader(const struct server *server, const char *directory)
 {
 	char path[4096], name[16];
@@ -565,7 +550,7 @@ static void run(struct server *server, const struct options *options)
 	server->device = open("/dev/fuse", O_RDWR | O_CLOEXEC);
 	if (server->device < 0)
 		unsupported("/dev/fuse");
-	mount_on(server, options->directory);
+	mount_fuse(server->device, options->directory);
 	reader = start_reader(server, options->directory);
 	serve(server);
 	close(server->device);
@@ -575,53 +560,14 @@ static void run(struct server *server, const struct options *options)
 		fail("umount");
 }
 
-static __attribute__((noreturn)) void misused(void)
-{
-	fputs("usage: fuse_server MODE [-n PAGES] [-t TAIL_BYTES] [-d DIRECTORY] [-o REPORT]\n",
-	      stderr);
-	exit(2);
-}
-
-static const struct mode *find(const char *name)
-{
-	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
-		if (!strcmp(modes[i].name, name))
-			return &modes[i];
-	misused();
-}
-
 int main(int argc, char **argv)
 {
-	struct options options = {.count = 1, .directory = "."};
+	struct options options;
 	struct server server = {0};
-	size_t pages = 23, tail = 101;
-	int option;
 
-	if (argc < 2)
-		misused();
-	server.mode = find(argv[1]);
-	optind = 2;
-	while ((option = getopt(argc, argv, "n:t:d:o:")) != -1) {
-		switch (option) {
-		case 'n':
-			pages = strtoul(optarg, NULL, 0);
-			break;
-		case 't':
-			tail = strtoul(optarg, NULL, 0);
-			break;
-		case 'd':
-			options.directory = optarg;
-			break;
-		case 'o':
-			options.output = optarg;
-			break;
-		default:
-			misused();
-		}
-	}
-	alarm(DEADLINE);
-	prctl(PR_SET_NAME, server.mode->name, 0, 0, 0);
-	options.size = server.size = pages * PAGE + tail;
+	server.mode = server_mode(argc, argv, modes, sizeof(modes) / sizeof(modes[0]),
+				  sizeof(modes[0]), 101, &options);
+	server.size = options.size;
 	options.from = server.mode->from;
 	account_open(-1);
 	run(&server, &options);

@@ -13,7 +13,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <liburing.h>
 #include <linux/ublk_cmd.h>
 #include <poll.h>
@@ -41,7 +40,6 @@
 #define DEPTH	  2
 #define MAX_BYTES (256U << 10) /* of one request */
 #define SECTOR	  512UL
-#define DEADLINE  30	/* seconds: a lost request must not hang a test */
 #define CONTROL	  0x100 /* user_data of control commands, and of the child's end */
 #define CHILD	  0x101
 #define FIXED	  0x200 /* of READ_FIXED, with the tag */
@@ -330,48 +328,13 @@ static void run(const struct options *options)
 		fail("reader");
 }
 
-static __attribute__((noreturn)) void misused(void)
-{
-	fputs("usage: ublk_server MODE [-n PAGES] [-d DIRECTORY] [-o REPORT]\n", stderr);
-	exit(2);
-}
-
-static const struct mode *find(const char *name)
-{
-	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
-		if (!strcmp(modes[i].name, name))
-			return &modes[i];
-	misused();
-}
-
 int main(int argc, char **argv)
 {
-	struct options options = {.count = 1, .directory = "."};
-	size_t pages = 23;
-	int option;
+	struct options options;
 
-	if (argc < 2)
-		misused();
-	server.mode = find(argv[1]);
-	optind = 2;
-	while ((option = getopt(argc, argv, "n:d:o:")) != -1) {
-		switch (option) {
-		case 'n':
-			pages = strtoul(optarg, NULL, 0);
-			break;
-		case 'd':
-			options.directory = optarg;
-			break;
-		case 'o':
-			options.output = optarg;
-			break;
-		default:
-			misused();
-		}
-	}
-	alarm(DEADLINE);
-	prctl(PR_SET_NAME, server.mode->name, 0, 0, 0);
-	options.size = server.size = pages * PAGE;
+	server.mode = server_mode(argc, argv, modes, sizeof(modes) / sizeof(modes[0]),
+				  sizeof(modes[0]), 0, &options);
+	server.size = options.size;
 	options.from = server.mode->file;
 	account_open(-1);
 	run(&options);
