@@ -58,6 +58,11 @@ class Command:
         if self.status is None:
             signal.pidfd_send_signal(self.fd, number)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, its status read or not."""
+        return self.status is not None or bool(select.select([self.fd], [], [], 0)[0])
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Its exit status; None if it has not ended within *timeout* seconds."""
         if self.status is None:

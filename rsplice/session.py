@@ -63,6 +63,7 @@ class Session:
             raise RspliceError(why_not)
         self.command = Command(argv, user, output) if argv else None
         self.shown = list(argv)  #: the command as the audit names it
+        self.interrupted = False  #: a signal has ended the tracing
         self._everything = everything
         self._started = time.monotonic()
         self._ended: float | None = None
@@ -101,7 +102,9 @@ class Session:
 
     @property
     def running(self) -> bool:
-        """Whether anybody who is followed is still there."""
+        """Whether anybody who is followed is still there, and no signal has ended it."""
+        if self.interrupted:
+            return False
         if self.command:
             self.command.wait(0)
         return self._everything or bool(self.tracer.counters.alive())
@@ -193,24 +196,21 @@ def kernel_version(release: str | None = None) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-class Interrupted(Exception):
-    """A signal asked to end the tracing."""
-
-
 @contextmanager
 def passing_signals(session: Session) -> Iterator[None]:
     """While a command runs, the signals that would end rsplice are the command's.
 
     SIGTERM and SIGHUP are passed on; Ctrl-C the terminal has sent to it already. A second Ctrl-C
     or SIGTERM, after the command itself has ended, ends the waiting for its descendants. Without
-    a command, each of them ends the tracing: Interrupted is raised.
+    a command, each of them ends the tracing. The handler raises nothing and reaps nobody: it may
+    run anywhere, in the midst of wait(2) too.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         command = session.command
-        if command is None or command.wait(0) is not None:
-            raise Interrupted
-        if number != signal.SIGINT:
+        if command is None or command.ended:
+            session.interrupted = True
+        elif number != signal.SIGINT:
             command.send(number)
 
     with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handle):

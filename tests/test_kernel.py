@@ -754,6 +754,7 @@ def test_a_guest_that_ends_in_a_test_fails_it_and_another_one_runs_the_rest(
     (tmp_path / "guest").write_text(f"#!{sys.executable}\n{GUEST}")
     (tmp_path / "guest").chmod(0o755)
     monkeypatch.setattr(kernels, "BUILD", tmp_path)
+    monkeypatch.setattr(kernels, "_module", lambda series: {})
     monkeypatch.setattr(sys, "executable", str(tmp_path / "guest"))
     tests = [f"tests/test_x.py::test_{name}" for name in ("one", "two", "three")]
     outcome = kernels._run("6.1", tests)
@@ -783,5 +784,6 @@ def test_results_of_single_tests_are_added_to_those_of_all(
 def test_the_docs_give_the_reasons_that_the_tests_know() -> None:
     results = kernels.DOCS.read_text().partition("<!-- results -->")[2]
     told = set(re.findall(r"^\d+\. Not seen: (.*)\.$", results, re.MULTILINE))
-    assert told == {entry.reason for entry in kernels.NOT_SEEN}
+    shown = [kernels.Outcome(series).version for series in kernels.SERIES]
+    assert told == {n.reason for n in kernels.NOT_SEEN if any(map(n.holds, shown))}
     assert "**failed**" not in results

@@ -32,7 +32,7 @@ from rsplice.commands import ci, journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.errors import EXIT_FAIL_ON, RspliceError
 from rsplice.limits import Limit, parse_limit
-from rsplice.session import Interrupted, Session, passing_signals
+from rsplice.session import Session, passing_signals
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with open_session(args, journey=journey, verify_files=args.verify) as session:
         if args.verbose:
             _say_attached(session, time.monotonic() - begun)
-        with contextlib.suppress(Interrupted), passing_signals(session):
+        with passing_signals(session):
             session.start()
             _follow(session, args)
         session.stop()

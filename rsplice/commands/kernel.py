@@ -46,6 +46,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     running = actions.add_parser("run", help="run a command on a kernel")
     running.add_argument("version", metavar="VERSION")
     running.add_argument("--timeout", metavar="S", type=seconds, help="end it after S seconds")
+    running.add_argument(
+        "--kill-after",
+        metavar="S",
+        type=seconds,
+        default=15.0,
+        help="end it S seconds after the first signal to it (default: 15)",
+    )
     running.add_argument("--network", action="store_true", help="let it reach the network")
     running.add_argument(
         "--memory", metavar="MIB", type=int, default=2048, help="of the guest (default: 2048)"
@@ -113,6 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         setup = setup_of(say)
         setup.memory = args.memory
         setup.timeout = args.timeout
+        setup.last_words = args.kill_after
         if args.cpus:
             setup.cpus = args.cpus
         job = job_of(args.command)

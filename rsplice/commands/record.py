@@ -11,7 +11,6 @@ EXAMPLES
 from __future__ import annotations
 
 import argparse
-import contextlib
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ import time
 from rsplice.commands import journeys
 from rsplice.commands.options import add_targets, open_session, seconds
 from rsplice.recording import Recorder
-from rsplice.session import Interrupted, Session, passing_signals
+from rsplice.session import Session, passing_signals
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         Recorder(args.file, args.command) as recorder,
         open_session(args, output, journey) as session,
     ):
-        with contextlib.suppress(Interrupted), passing_signals(session):
+        with passing_signals(session):
             session.start()
             _keep(session, recorder, args)
         session.stop()

@@ -28,7 +28,9 @@ from rsplice.dashboards.text import sanitise
 from rsplice.engine import Engine
 from rsplice.errors import RspliceError
 from rsplice.probes import MAX_CLIENTS, Client, socket_path
-from rsplice.session import Interrupted, handling
+from rsplice.session import handling
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with (
             suppress(Interrupted),
-            handling((signal.SIGINT, signal.SIGTERM), _interrupt),
+            handling(_ENDING, _interrupt),
             _listening(path, account) as listener,
         ):
             line = f"rsplice: serving probes to {account.pw_name} at {path}"
@@ -60,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+class Interrupted(Exception):
+    """A signal asked to end the serving."""
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    for each in _ENDING:  # one is enough: another one must not cut short what this one begins
+        signal.signal(each, signal.SIG_IGN)
     raise Interrupted
 
 

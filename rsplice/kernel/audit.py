@@ -17,7 +17,6 @@ from rsplice.recording import parse_audit
 
 _PORT = "audit"
 _AUDIT_MAX = 1 << 28  #: bytes
-_LAST_WORDS = 60.0  #: to read counters and detach probes on an emulated CPU
 
 
 def audit(
@@ -39,7 +38,7 @@ def audit(
         if sum(map(len, received)) > _AUDIT_MAX:
             raise BrokenPipeError
 
-    setup.last_words = _LAST_WORDS
+    setup.last_words = vm.LAST_WORDS
     setup.sinks = {**setup.sinks, _PORT: receive}
     command = [sys.executable, "-m", "rsplice", "audit", "-q", "--json", f"{PORTS}/{_PORT}"]
     status = vm.run(kernel, job_of([*command, *_options(args), "--", *args.command]), setup)

@@ -14,11 +14,11 @@ from typing import IO
 from rsplice.audit import Audit
 from rsplice.errors import RspliceError
 from rsplice.kernel.cache import Kernel
-from rsplice.kernel.vm import dying_with_this_one
+from rsplice.kernel.vm import LAST_WORDS, dying_with_this_one
 from rsplice.recording import parse_audit
 
 _BOOT_SECONDS = 240.0
-_END_SECONDS = 20.0
+_END_SECONDS = LAST_WORDS + 5
 
 
 class GuestSource:
@@ -37,8 +37,9 @@ class GuestSource:
         record = [*rsplice, "record", "-o", "-", *options, "--", *command]
         self._last = Audit(command=list(command), kernel_release=kernel.release, kernel_where="vm")
         self._first = threading.Event()
+        guest = [*rsplice, "kernel", "run", f"--kill-after={LAST_WORDS}", kernel.release]
         self._process = subprocess.Popen(
-            [*rsplice, "kernel", "run", kernel.release, "--", *record],
+            [*guest, "--", *record],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=kept,

@@ -50,6 +50,8 @@ _CONSOLE_WIDTH = 1000  #: bytes of a line that are kept
 _KVM_SECONDS = 8.0  #: a guest that KVM runs is up within one
 _BOOT_SECONDS = 180.0  #: an emulated one on a busy machine
 _ANSWER_SECONDS = 30.0
+#: For rsplice in a guest to read counters and detach probes once a signal has told it to end.
+LAST_WORDS = 60.0
 _LINE_MAX = 1 << 23  #: bytes
 _SCRATCH_MIB = 4096
 _PR_SET_PDEATHSIG = 1

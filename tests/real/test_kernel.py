@@ -367,11 +367,11 @@ LIVE = (
 @pytest.mark.privileged
 def test_live_ends_the_guest_at_q(kernel: cache.Kernel, tmp_path: Path) -> None:
     with in_a_terminal(*LIVE, cwd=tmp_path) as (run, terminal):
-        read_until(terminal, b"/dev/zero")
+        read_until(terminal, b"/dev/zero -> user")
         guests = guests_of(run)
         os.write(terminal, b"q")
         report = read_until(terminal, b"")
-        assert run.wait(BOOT) == 128 + signal.SIGTERM
+        assert run.wait(BOOT) == 128 + signal.SIGTERM, report
     assert len(guests) == 1 and gone(guests)
     assert f"{kernel.release} in a VM" in " ".join(report.decode().split())
     assert b"/dev/zero -> user memory via read" in report

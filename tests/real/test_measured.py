@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Copies that are counted where the kernel makes them, against what the driver says it carried.
 
-The kernel has to have fentry or kprobes: `make test-kernels` runs this on kernels that have.
+The kernel has to have fentry or kprobes: `make test-kernels` runs this on kernels that have, at
+the callers of the copying functions and, by the module rsplice_copies, at these themselves.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import pytest
 
 from rsplice.events import Tally
 from rsplice.launch import Command
+from rsplice.tracers.providers import MODULE_TRACEPOINT, How
 from rsplice.tracers.tracer import Tracer
 from tests.support.run import Driver
 from tests.support.watch import TRIES
@@ -111,15 +116,21 @@ class Watch:
         return Run([t for t in reading.tallies if t.process in mine], status)
 
 
-@pytest.fixture(scope="module")
-def watch() -> Iterator[Watch]:
-    watch = Watch()
-    try:
+@pytest.fixture(scope="module", params=["callers", "module"])
+def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
+    with ExitStack() as undo:
+        if request.param == "module":
+            if not (module := os.environ.get("RSPLICE_TEST_MODULE")):
+                pytest.skip("the module rsplice_copies was not built for this kernel")
+            subprocess.run(("insmod", module), check=True)
+            undo.callback(subprocess.run, ("rmmod", "rsplice_copies"), check=True)
+        watch = Watch()
+        undo.callback(watch.tracer.close)
         if not watch.tracer.measures:
             pytest.skip("this kernel has neither fentry nor kprobes for BPF")
+        taken = f"{How.MODULE.value} {MODULE_TRACEPOINT}"
+        assert (taken in watch.tracer.measured_at) == (request.param == "module")
         yield watch
-    finally:
-        watch.tracer.close()
 
 
 def drive(watch: Watch, driver: Driver, directory: Path, arguments: str) -> tuple[Run, Path]:
