@@ -84,6 +84,13 @@ _NOT_ASKED_FOR = (
     "and FOPEN_DIRECT_IO"
 )
 NOT_SEEN: tuple[NotSeen, ...] = (
+    NotSeen(
+        r"test_(driver|measured)\.py::.*io_uring-|test_driver.py::test_the_shell"
+        r"|test_findings.py::test_(requests_of_a_ring|pages_that_a_ring)",
+        (5, 19),
+        "before 5.19 the kernel does not tell which requests of an io_uring have ended: "
+        "they are counted as lost events",
+    ),
     NotSeen(r"\[splice-f/dev/zero-", (6, 5), "/dev/zero can be spliced from since 6.5"),
     NotSeen(r"\[io_uring-read_multishot-", (6, 7), "io_uring has read_multishot since 6.7"),
     NotSeen(

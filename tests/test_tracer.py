@@ -17,9 +17,12 @@ from rsplice.events import Tally
 from rsplice.launch import Command
 from rsplice.rules import Leg, classify
 from rsplice.tracers import counters
+from rsplice.tracers import layout as layouts
 from rsplice.tracers import tracer as tracers
+from rsplice.tracers.btf import Btf
 from rsplice.tracers.kinds import kind_name
 from rsplice.tracers.tracer import Tracer
+from tests.support.run import Driver
 
 pytestmark = pytest.mark.privileged
 
@@ -115,6 +118,35 @@ def test_full_maps_are_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(reading.processes) <= 7
         assert len(reading.tallies) <= 3
         assert reading.events_lost >= COUNT - 7
+    finally:
+        tracer.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lost"), [("io_uring-read", 23), ("io_uring-read -F sqpoll", 1), ("read", 0)]
+)
+def test_requests_that_no_probe_sees_are_counted_as_lost(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver, tmp_path: Path, arguments: str, lost: int
+) -> None:
+    """Of an io_uring, as on kernels before 5.19. A polled one may tell of more than itself."""
+    resolve = layouts.resolve
+
+    def without_rings(btf: Btf) -> layouts.Layout:
+        layout = resolve(btf)
+        layout.missing["io_uring"] = "this kernel has no io_kiocb.cqe.user_data"
+        return layout
+
+    monkeypatch.setattr(layouts, "resolve", without_rings)
+    tracer = Tracer()
+    try:
+        words = [*arguments.split(), "-f", "file", "-n", str(COUNT)]
+        follow(tracer, *driver.command(tmp_path / "own.json", tmp_path, *words))
+        reading = tracer.counters.read()
+        assert not any(tally.via.startswith("io_uring") for tally in reading.tallies)
+        if "sqpoll" in arguments:
+            assert lost <= reading.events_lost <= lost + COUNT
+        else:
+            assert reading.events_lost == lost
     finally:
         tracer.close()
 

@@ -26,7 +26,7 @@ FEATURES = {
     "fuse_ring": "messages of FUSE over io_uring are not seen",
     "registered": "memory of the kernel in a ring's table of buffers is taken for the caller's own",
     "disk": "disks of ublk are taken for those of a device",
-    "io_uring": "io_uring operations are not seen",
+    "io_uring": "io_uring operations are not seen, and counted as lost",
     "findings": "lifecycle findings are not looked for",
     "mappers": "findings do not name the process that still maps a page",
     "owner": "rsplice serve-probes cannot tell whose a process is",

@@ -21,6 +21,8 @@ from rsplice.tracers.tracer import PROBES, Tracer
 COUNT = 23
 #: From 7.0 on events may be lost to whoever else runs (Counters.nr_lost).
 TRIES = 3 if kernel_version() >= (7, 0) else 1
+#: Older kernels have the tracepoint, but not what is read at it (rsplice/tracers/layout.py).
+_NOT_READ_BEFORE = {"io_uring_complete": (5, 19)}
 
 
 @dataclass
@@ -118,6 +120,8 @@ def _is_unknown_here(probe: str) -> bool:
     if probe in modules:
         names = [line.split()[2] for line in Path("/proc/kallsyms").read_text().splitlines()]
         return not any(name.split(".")[0] == probe.split(".")[0] for name in names)
+    if kernel_version() < _NOT_READ_BEFORE.get(probe, (0, 0)):
+        return True
     if probe not in {each.tracepoint for each in PROBES}:
         return False
     files = (Path("/sys/kernel/btf") / name for name in ("vmlinux", "fuse"))

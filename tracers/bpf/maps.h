@@ -60,7 +60,15 @@ struct note {
 	u64 fuse_pages; /* pages of READ replies that were compared */
 };
 
-enum lost { LOST_TALLY, LOST_PROCESS, LOST_CQE_SKIPPED, LOST_MESSAGES, LOST_FINDING, NR_LOST };
+enum lost {
+	LOST_TALLY,
+	LOST_PROCESS,
+	LOST_CQE_SKIPPED,
+	LOST_REQUESTS,
+	LOST_MESSAGES,
+	LOST_FINDING,
+	NR_LOST,
+};
 
 BPF_ARRAY(call_table, u64, TABLE_SIZE);
 BPF_ARRAY(uring_table, u64, 256);
@@ -92,10 +100,15 @@ enum place_of_program {
 	NR_PROGRAM_PLACES,
 };
 
-static __always_inline void count_lost(u32 what)
+static __always_inline void count_many_lost(u32 what, u64 events)
 {
 	u64 *count = lost.lookup(&what);
 
 	if (count)
-		*count += 1;
+		*count += events;
+}
+
+static __always_inline void count_lost(u32 what)
+{
+	count_many_lost(what, 1);
 }

@@ -682,6 +682,31 @@ static __always_inline void take_received(struct call *call, struct tally *tally
 	take_copied(call, tally);
 }
 
+#if !HAVE_IO_URING
+#define NR_IO_URING_SETUP   425
+#define NR_IO_URING_ENTER   426
+#define IORING_SETUP_SQPOLL 2
+
+/*
+ * Nobody sees what became of an io_uring's requests: io_uring_enter(2) returns how many it took.
+ * A ring whose kernel thread takes them counts as one, for they may need no call.
+ */
+static __always_inline void count_requests(u64 nr, s64 ret, u64 regs)
+{
+	u32 flags = 0, flags_at = 8; /* struct io_uring_params */
+	u64 events = ret;
+
+	if (nr == NR_IO_URING_SETUP) {
+		read_user(&flags, sizeof(flags), (void *)(read64(regs + REGS_ARG1) + flags_at));
+		events = ret >= 0 && flags & IORING_SETUP_SQPOLL;
+	} else if (nr != NR_IO_URING_ENTER || ret < 0) {
+		return;
+	}
+	if (events && current_process())
+		count_many_lost(LOST_REQUESTS, events);
+}
+#endif
+
 int tp_sys_exit(u64 *ctx)
 {
 	u64 regs = tracepoint_arg(ctx, 0), nr = read64(regs + REGS_NR), task, process, messages;
@@ -697,6 +722,9 @@ int tp_sys_exit(u64 *ctx)
 	call = call_at(AT_EXIT);
 	if (call && !call->messages)
 		end_copies(current_process());
+#endif
+#if !HAVE_IO_URING
+	count_requests(nr, ret, regs);
 #endif
 	entries = call_table.lookup(&index);
 	if (!entries || !*entries || ret < 0)
