@@ -92,8 +92,9 @@ def _attached() -> Iterator[None]:
 
 def spliced(audit: Audit) -> int:
     """Bytes that were spliced into a pipe, all of which are shared with their file."""
-    # Not what rsplice itself splices when a child of the test loads it: from memfds and the like.
-    others = ("memfd", "/dev/zero", "unix")
+    # Not what rsplice itself splices when a child of the test loads it: from memfds and the like
+    # (tracers.findings), from /proc where /dev/zero cannot be spliced.
+    others = ("memfd", "/dev/zero", "unix", "proc")
     paths = [
         path
         for path in audit.paths
