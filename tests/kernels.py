@@ -92,6 +92,16 @@ NOT_SEEN: tuple[NotSeen, ...] = (
         "before 5.19 the kernel does not tell which requests of an io_uring have ended: "
         "they are counted as lost events",
     ),
+    NotSeen(
+        r"test_findings.py::test_pages_that_are_teed_and_sent",
+        (5, 12),
+        "before 5.12 sendfile to a pipe copies, and no page of the file is there to change",
+    ),
+    NotSeen(
+        r"test_library_findings.py::",
+        (5, 15),
+        "before 5.15 the probes of librsplice cannot be attached, and what it meant is not told",
+    ),
     NotSeen(r"\[splice-f/dev/zero-", (6, 5), "/dev/zero can be spliced from since 6.5"),
     NotSeen(r"\[io_uring-read_multishot-", (6, 7), "io_uring has read_multishot since 6.7"),
     NotSeen(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.run import Counts, Driver, Result, audit, own_count
+from tests.support.run import Counts, Driver, Result, audit, named_here, own_count
 
 pytestmark = pytest.mark.privileged
 
@@ -133,8 +133,8 @@ def test_direct_io_puts_nothing_into_a_page_cache(served: Served) -> None:
 
 def test_reads_without_a_page_cache_are_not_taken_for_copies_out_of_it(served: Served) -> None:
     """The reply has copied into the client's own pages already."""
-    assert served.path("direct-io-r", "fuse O_DIRECT", USER, "read")["unknown"] == SIZE
-    assert served.path("write-r", "fuse", USER, "read")["copied"] == SIZE
+    assert served.path("direct-io-r", named_here("fuse O_DIRECT"), USER, "read")["unknown"] == SIZE
+    assert served.path("write-r", named_here("fuse"), USER, "read")["copied"] == SIZE
 
 
 def test_without_identity_a_spliced_reply_is_unknown(serve: Serve) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from rsplice.workloads import WORKLOADS
 from rsplice.workloads.fuse import make_tree
-from tests.support.run import RSPLICE, Counts, Result, audit, environment
+from tests.support.run import RSPLICE, Counts, Result, audit, counts_of, environment, named_here
 
 pytestmark = pytest.mark.privileged
 
@@ -49,15 +49,12 @@ class Run:
 
     @property
     def own_counts(self) -> Counts:
-        return {
-            (c["via"], c["source"], c["destination"]): (c["operations"], c["bytes"])
-            for c in self.own["calls"]
-        }
+        return counts_of(self.own["calls"])
 
     @property
     def shown(self) -> str:
         """What the audit calls a file of the mount."""
-        return "fuse passthrough" if self.own["mode"] == "passthrough" else "fuse"
+        return "fuse passthrough" if self.own["mode"] == "passthrough" else named_here("fuse")
 
     @property
     def payload(self) -> int:
