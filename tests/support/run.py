@@ -247,8 +247,8 @@ def counts_of(calls: Iterable[dict[str, Any]]) -> Counts:
     total: Counts = {}
     for c in calls:
         legs = 2 if c["via"] in TWO_LEGS else 1
-        ends = named_here(c["source"]), named_here(c["destination"])
-        total[(c["via"], *ends)] = (c["operations"], legs * c["bytes"])
+        key = c["via"], named_here(c["source"]), named_here(c["destination"])
+        total[key] = (c["operations"], legs * c["bytes"])
     return total
 
 
