@@ -77,3 +77,17 @@ def test_what_cannot_be_had_is_one_line(
     for line in made.tried:
         assert f"{line.split()[1]}: no linux-headers-{release}" in told.err
     assert len(made.tried) == (2 if release == RELEASE else 0)
+
+
+def test_kernels_that_copy_by_other_functions_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = builds(tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.argv", ["module", "5.10.0-46-amd64"])
+    assert module.main() == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err == (
+        "rsplice: the module is for Linux 6.1 and later, and that is 5.10.0-46-amd64\n"
+    )
+    assert made.tried == []

@@ -27,6 +27,8 @@ from rsplice.kernel.debian import SUITES, Apt, Unavailable
 _SOURCES = Path(__file__).resolve().parents[1] / "tracers" / "kmod"
 _NAME = "rsplice_copies.ko"
 _SECONDS = 120
+#: Before 5.14 files are written by iov_iter_copy_from_user_atomic(), which it does not know.
+_TOO_OLD = ("5.10",)
 
 
 #: What a build calls beside the compiler, which the headers depend on.
@@ -36,8 +38,10 @@ _TOOLS = "base-files binutils dash coreutils sed grep mawk findutils make"
 def build(release: str) -> Path:
     """The module for *release* (as uname(1) prints it), built now if it is not kept.
 
-    :raises RspliceError: its headers cannot be had, or it does not build
+    :raises RspliceError: its headers cannot be had, or it does not build, or is not for so old ones
     """
+    if cache.series_of(release) in _TOO_OLD:
+        raise RspliceError(f"the module is for Linux 6.1 and later, and that is {release}")
     kept = cache.directory().parent / "modules" / release / _NAME
     if kept.exists():
         return kept
