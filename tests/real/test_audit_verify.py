@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -34,15 +36,12 @@ def on_ext4(ext4: Path) -> Filesystem:
     return filesystem_at("ext4", ext4)
 
 
-def lend(file: Path, body: str, *options: str) -> Result:
-    program = (
-        "import os\n"
-        f"PAGE = {PAGE}\n"
-        f"name = {str(file)!r}\n"
-        "source = os.open(name, os.O_RDONLY)\n"
-        "sink = os.memfd_create('sink')\n"
-        "r, w = os.pipe()\n" + body + "\nos.write(w, b'.')\nos.read(r, 2 * PAGE)\n"
-    )
+def lend(files: Mapping[Path, str], *options: str) -> Result:
+    """An audit of a program that does with each file what is said of it, as in LEND."""
+    program = f"import os\nPAGE = {PAGE}\nsink = os.memfd_create('sink')\nr, w = os.pipe()\n"
+    for file, body in files.items():
+        program += f"name = {str(file)!r}\nsource = os.open(name, os.O_RDONLY)\n{body}\n"
+        program += "os.write(w, b'.')\nos.read(r, 2 * PAGE)\n"
     command = [sys.executable, "-I", "-S", "-c", program]
     return audit(command, "--verify", *options, violations={"cache-differs-from-disk"})
 
@@ -53,36 +52,47 @@ def differing(result: Result) -> list[dict[str, object]]:
 
 def test_a_block_that_was_changed_below_a_file_that_is_spliced(filesystem: Filesystem) -> None:
     file = filesystem.file("lent")
-    with cached(file):
-        with filesystem.changed(file, 5 * PAGE + 123):
-            result = lend(file, LEND["splice"], "--fail-on", "violation")
-            assert result.status == 120
-            (found,) = differing(result)
-            assert (found["kind"], found["count"]) == ("violation", 1)
-            first = found["first"]
-            assert isinstance(first, dict)
-            assert (first["file"], first["file_offset"]) == (str(file), 5 * PAGE)
-            assert first["page_frame"] > 0 and 0 < first["time"] <= result.json["duration_s"]
-            assert result.json["accuracy"]["probes_missing"] == []
-        sound = lend(file, LEND["splice"], "--fail-on", "violation")
-        assert sound.status == 0
-        assert differing(sound) == []
-        assert sound.json["accuracy"]["probes_missing"] == []
+    with cached(file), filesystem.changed(file, 5 * PAGE + 123):
+        result = lend({file: LEND["splice"]}, "--fail-on", "violation")
+    assert result.status == 120
+    (found,) = differing(result)
+    assert (found["kind"], found["count"]) == ("violation", 1)
+    first = found["first"]
+    assert isinstance(first, dict)
+    assert (first["file"], first["file_offset"]) == (str(file), 5 * PAGE)
+    assert first["page_frame"] > 0 and 0 < first["time"] <= result.json["duration_s"]
+    assert result.json["accuracy"]["probes_missing"] == []
 
 
-@pytest.mark.parametrize("way", LEND)
-def test_each_way_to_lend_a_page_counts(way: str, on_ext4: Filesystem) -> None:
-    file = on_ext4.file("way")
-    with cached(file), on_ext4.changed(file, (PAGES - 1) * PAGE):
-        result = lend(file, LEND[way])
-        assert result.status == 0
-        assert len(differing(result)) == 1
+def test_files_with_nothing_changed_below_them(ext4: Path, xfs: Path, btrfs: Path) -> None:
+    """The twin, of all kinds at once; below one the block was another one for a while."""
+    places = zip(KINDS, (ext4, xfs, btrfs), strict=True)
+    filesystems = [filesystem_at(kind, path) for kind, path in places]
+    files = [filesystem.file("sound") for filesystem in filesystems]
+    with cached(*files):
+        with filesystems[0].changed(files[0], 5 * PAGE + 123):
+            pass
+        result = lend(dict.fromkeys(files, LEND["splice"]), "--fail-on", "violation")
+    assert result.status == 0
+    assert differing(result) == []
+    assert result.json["accuracy"]["probes_missing"] == []
+
+
+def test_each_way_to_lend_a_page_counts(on_ext4: Filesystem) -> None:
+    files = {on_ext4.file(f"{way} of it"): way for way in LEND}
+    with cached(*files), ExitStack() as stack:
+        for file in files:
+            stack.enter_context(on_ext4.changed(file, (PAGES - 1) * PAGE))
+        result = lend({file: LEND[way] for file, way in files.items()})
+    assert result.status == 0
+    (found,) = differing(result)
+    assert found["count"] == len(LEND)
 
 
 def test_only_files_that_were_lent_are_compared(on_ext4: Filesystem) -> None:
     file = on_ext4.file("read")
     with cached(file), on_ext4.changed(file, 0):
-        result = lend(file, "os.read(source, PAGE)\nos.splice(sink, w, PAGE, offset_src=0)")
+        result = lend({file: "os.read(source, PAGE)\nos.splice(sink, w, PAGE, offset_src=0)"})
         assert differing(result) == []
         assert result.json["accuracy"]["probes_missing"] == []
 
@@ -92,7 +102,7 @@ def test_a_file_is_found_by_its_inode(on_ext4: Filesystem) -> None:
     file = on_ext4.file("first name")
     rename = "\nos.rename(name, name + ' no more')\nopen(name, 'w').close()"
     with cached(file), on_ext4.changed(file, 0):
-        (found,) = differing(lend(file, LEND["splice"] + rename))
+        (found,) = differing(lend({file: LEND["splice"] + rename}))
     first = found["first"]
     assert isinstance(first, dict) and first["file"] == f"{file} no more"
     (on_ext4.path / "first name no more").unlink()
@@ -100,7 +110,7 @@ def test_a_file_is_found_by_its_inode(on_ext4: Filesystem) -> None:
 
 def test_a_file_that_is_gone_is_told(on_ext4: Filesystem) -> None:
     file = on_ext4.file("gone")
-    result = lend(file, LEND["splice"] + "\nos.unlink(name)")
+    result = lend({file: LEND["splice"] + "\nos.unlink(name)"})
     assert differing(result) == []
     (missing,) = result.json["accuracy"]["probes_missing"]
     assert missing["probe"].startswith("verify inode ")
@@ -116,7 +126,7 @@ def test_files_that_cannot_be_opened_are_told_together(on_ext4: Filesystem) -> N
         " os.splice(other, w, PAGE, offset_src=0)\n os.read(r, PAGE)\n"
         " os.unlink(f'{name} {i}')\n"
     )
-    (missing,) = lend(file, body).json["accuracy"]["probes_missing"]
+    (missing,) = lend({file: body}).json["accuracy"]["probes_missing"]
     assert missing["probe"].startswith("verify inode ")
     assert missing["probe"].endswith(" of ext4 and 2 more")
 
