@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -29,22 +28,29 @@ USER = "user memory"
 #: What the interpreter and its loader make for themselves.
 INTERPRETER = ("read", "write", "pread64")
 
-# The workload by itself, with every process of it named after the case.
+# The workloads of [[TMPDIR, argument...]...], each in a process of its own, and every process of
+# it named after the case. What it prints and returns goes to NUMBER.json, .err and .status.
 PROGRAM = """
-import argparse, sys
+import argparse, json, os, sys, tempfile
 from rsplice.commands import workload
 from rsplice.errors import RspliceError
 from rsplice.workloads import core
 
-case, rename = sys.argv.pop(1), core.set_process_name
-core.set_process_name = lambda name: rename(f"{case}-{name}")
-core.set_process_name("main")
+rename = core.set_process_name
 parser = argparse.ArgumentParser()
 workload.prepare_parser(parser)
-try:
-    sys.exit(workload.run(parser.parse_args()))
-except RspliceError as error:
-    sys.exit(str(error))
+for number, (tempfile.tempdir, *arguments) in enumerate(json.loads(sys.argv[1])):
+    if not (pid := os.fork()):
+        for descriptor, name in ((1, "json"), (2, "err")):
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+        core.set_process_name = lambda name: rename(f"c{number}-{name}")
+        core.set_process_name("main")
+        try:
+            sys.exit(workload.run(parser.parse_args(arguments)))
+        except RspliceError as error:
+            sys.exit(str(error))
+    with open(f"{number}.status", "w") as status:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=status)
 """
 
 SHARED, COPIED, MOVED = ("shared",), ("copied",), ("moved",)
@@ -222,19 +228,16 @@ def index(case: Case) -> int:
 def matrix(
     ext4: Path, scratch_filesystem: Scratch, tmp_path_factory: pytest.TempPathFactory
 ) -> Matrix:
-    """All cases run by one shell under one audit."""
+    """All cases run by one interpreter under one audit."""
     directory = tmp_path_factory.mktemp("workloads")
-    script = directory / "script"
-    lines = [f"cd {directory}\n", f"export PYTHONPATH={ROOT}\n"]
-    for i, each in enumerate([*CASES, *RSPLICE_CASES]):
+    cases = []
+    for each in [*CASES, *RSPLICE_CASES]:
         where = ext4 if each in CASES else scratch_filesystem.path
-        command = [sys.executable, "-c", PROGRAM, f"c{i}", *each.arguments.split()]
-        command += ["--size", str(each.size), "--count", str(COUNT), "--json"]
-        lines.append(
-            f"TMPDIR={where} {shlex.join(command)} >{i}.json 2>{i}.err; echo $? >{i}.status\n"
-        )
-    script.write_text("".join(lines))
-    result = audit(["/bin/sh", script])
+        more = ["--size", str(each.size), "--count", str(COUNT), "--json"]
+        cases.append([str(where), *each.arguments.split(), *more])
+    program = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
+    result = audit(["env", "-C", directory, f"PYTHONPATH={ROOT}", *program])
+    assert result.status == 0, result.stderr
     assert result.json["accuracy"]["events_lost"] == 0
     return Matrix(result, directory)
 
