@@ -54,6 +54,7 @@ TESTS = (
     "tests/real/test_page_identity.py",
     "tests/test_tracer.py",
     "tests/test_tracing.py",
+    "tests/real/test_processes.py",
 )
 #: The same again with slower memory reads, which every kernel has: once is enough.
 _LEFT_OUT = re.compile(r"probe reads|bpf_probe_read_kernel")
