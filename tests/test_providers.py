@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -105,9 +106,12 @@ def test_functions_of_modules_are_tried_by_kretprobe() -> None:
     assert chosen(fuse, "6.1", fexit=True, kprobes=True) == [
         Candidate(How.KRETPROBE, "fuse_copy_do", "copied_out_ax")
     ]
-    assert [c.how for c in chosen(fuse, "6.12", fexit=True, kprobes=True)] == [
-        How.FEXIT,
-        How.KRETPROBE,
+    assert chosen(fuse, "6.12", fexit=True, kprobes=True) == [
+        Candidate(How.FEXIT, "fuse_copy_do", "copied_fuse_copy_do"),
+        Candidate(
+            How.KRETPROBE, "fuse_copy_do", "copied_fuse_copy_do_return", "copied_fuse_copy_do_entry"
+        ),
+        Candidate(How.KRETPROBE, "fuse_copy_do", "copied_out_ax"),
     ]
 
 
@@ -115,7 +119,7 @@ def test_a_result_alone_does_not_tell_what_fuse_copied_over_a_ring() -> None:
     """It would be taken for the thread's next call."""
     offers = replace(kernel("7.3", fexit=True, kprobes=True), fuse_ring=True)
     found, reasons = providers.candidates(named("copies of FUSE messages"), offers)
-    assert [c.how for c in found] == [How.FEXIT]
+    assert [c.program for c in found] == ["copied_fuse_copy_do", "copied_fuse_copy_do_return"]
     assert reasons == ["the result of fuse_copy_do does not tell what went over a ring"]
 
 
@@ -141,9 +145,24 @@ def test_what_failed_for_one_reason_is_told_together() -> None:
     assert providers.Taken(ALL[0], None, []).reason == "not tried"
 
 
-def test_what_needs_arguments_has_no_kretprobe() -> None:
-    for name in ("copies out of a page cache", "copies out of tmpfs", "copies into tcp sockets"):
-        assert chosen(name, "6.12", kprobes=True) == []
+def test_what_needs_arguments_keeps_them_from_a_breakpoint_at_the_entry() -> None:
+    for name, program in (
+        ("copies out of a page cache", "copied_filemap_read"),
+        ("refused moves of user buffers", "steal_buffer"),
+        ("ends of page-table references", "jm_unmapped"),
+        ("mappings of pages that are in pipes", "map_range"),
+    ):
+        (found,) = chosen(name, "6.12", kprobes=True)
+        assert (found.how, found.program) == (How.KRETPROBE, f"{program}_return")
+        assert found.entry == f"{program}_entry"
+
+
+@SERIES
+def test_breakpoints_do_wherever_fentry_does(series: str) -> None:
+    for observation in ALL:
+        by_fentry = {c.function for c in chosen(observation.name, series, fexit=True)}
+        by_kprobe = {c.function for c in chosen(observation.name, series, kprobes=True)}
+        assert by_fentry <= by_kprobe
 
 
 def test_the_module_comes_first_but_for_what_it_cannot_probe() -> None:
@@ -321,14 +340,16 @@ def test_every_candidate_is_a_program_of_the_text(series: str) -> None:
         offers = kernel(series, fexit=True, kprobes=True, module=True)
         for candidate in providers.candidates(observation, offers)[0]:
             name = candidate.program.removeprefix("copied_")
-            rmap = f"AT_RMAP({candidate.program.removesuffix('_page')}, "
-            entry = f"AT_ENTRY({candidate.program.removesuffix('_regs')})"
+            shared = re.sub("_(regs|return)$", "", candidate.program)
+            rmap = f"AT_RMAP({shared.removesuffix('_page')}, "
+            macro = "AT_ENTRY" if observation.at_entry else "AT_RETURN"
             assert (
                 f"int {candidate.program}(u64 *ctx)" in text
                 or f", {name}, " in text
-                or (observation.at_entry and entry in text)
+                or re.search(rf"{macro}\({shared}[,)]", text)
                 or rmap in text
             )
+            assert candidate.entry in ("", f"{shared}_entry")
 
 
 def test_no_function_is_observed_twice() -> None:

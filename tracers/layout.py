@@ -68,6 +68,7 @@ FIELDS: list[Field] = [
         REGS_ARG2 pt_regs.dx
         REGS_ARG3 pt_regs.r10
         REGS_ARG5 pt_regs.r9
+        REGS_CX pt_regs.cx
         REGS_BX pt_regs.bx
         REGS_AX pt_regs.ax
         TASK_STATUS task_struct.thread_info.status

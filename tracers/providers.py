@@ -10,6 +10,7 @@ as on kernels without kprobes, none of this is compiled in.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ class Candidate:
     how: How
     function: str
     program: str
+    entry: str = ""  #: at a kretprobe: the program at the entry that keeps the arguments for it
 
 
 @dataclass(frozen=True)
@@ -388,9 +390,9 @@ class Taken:
 
     def probes(self, *programs: str) -> bool:
         """Whether one of *programs*, or its twin for breakpoints, is attached."""
-        return self.candidate is not None and self.candidate.program.removesuffix("_regs") in (
-            programs
-        )
+        if self.candidate is None:
+            return False
+        return re.sub("_(regs|return)$", "", self.candidate.program) in programs
 
     @property
     def reason(self) -> str:
@@ -446,6 +448,9 @@ def candidates(observation: Observation, kernel: Kernel) -> tuple[list[Candidate
                 found.append(Candidate(how, name, program))
             if kernel.kprobes and observation.at_entry:
                 found.append(Candidate(How.KPROBE, name, f"{program}_regs"))
+            elif kernel.kprobes and observation.program not in RETURNS:
+                by = f"{program}_return", f"{program}_entry"
+                found.append(Candidate(How.KRETPROBE, name, *by))
         by_result = _kretprobe_program(observation)
         if observation.result and kernel.fuse_ring:
             reasons.append(f"the result of {name} does not tell what went over a ring")
@@ -544,6 +549,8 @@ def _attach(program: Program, candidate: Candidate) -> None:
     else:
         at_return = candidate.how is How.KRETPROBE
         program.attach_kprobe(candidate.program, candidate.function, at_return)
+        if candidate.entry:
+            program.attach_kprobe(candidate.entry, candidate.function, at_return=False)
 
 
 def _words(error: BpfError) -> str:

@@ -22,7 +22,7 @@ from rsplice.launch import Command
 from rsplice.tracers.providers import MODULE_TRACEPOINT, How
 from rsplice.tracers.tracer import Tracer
 from tests.support.run import Driver
-from tests.support.watch import TRIES
+from tests.support.watch import TRIES, offering, trampolines
 
 pytestmark = pytest.mark.privileged
 
@@ -116,7 +116,7 @@ class Watch:
         return Run([t for t in reading.tallies if t.process in mine], status)
 
 
-@pytest.fixture(scope="module", params=["callers", "module"])
+@pytest.fixture(scope="module", params=["callers", "breakpoints", "module"])
 def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
     with ExitStack() as undo:
         if request.param == "module":
@@ -124,12 +124,15 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
                 pytest.skip("the module rsplice_copies was not built for this kernel")
             subprocess.run(("insmod", module), check=True)
             undo.callback(subprocess.run, ("rmmod", "rsplice_copies"), check=True)
-        watch = Watch()
+        with offering(request.param):
+            watch = Watch()
         undo.callback(watch.tracer.close)
         if not watch.tracer.measures:
             pytest.skip("this kernel has neither fentry nor kprobes for BPF")
         taken = f"{How.MODULE.value} {MODULE_TRACEPOINT}"
         assert (taken in watch.tracer.measured_at) == (request.param == "module")
+        if request.param == "breakpoints":
+            assert trampolines(watch.tracer) == []
         yield watch
 
 

@@ -25,7 +25,7 @@ from rsplice.tracers.program import BpfError
 from rsplice.tracers.providers import How
 from rsplice.tracers.tracer import Tracer
 from tests.support.run import Driver
-from tests.support.watch import COUNT, Seen, Watch
+from tests.support.watch import COUNT, READS, Seen, Watch, offering, trampolines
 
 pytestmark = pytest.mark.privileged
 
@@ -91,12 +91,14 @@ class Followed(Watch):
         return told.stories
 
 
-@pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
+@pytest.fixture(scope="module", params=READS)
 def followed(request: pytest.FixtureRequest) -> Iterator[Followed]:
     needs_functions()
-    followed = Followed(request.param)
+    with offering(request.param):
+        followed = Followed(READS[request.param])
     try:
         assert followed.lost == []
+        assert bool(trampolines(followed.tracer)) == (request.param != "breakpoints")
         yield followed
     finally:
         followed.tracer.close()
@@ -165,10 +167,13 @@ ASKED = {
 UNASKED = ("socket",)
 
 
-@pytest.fixture(scope="module", params=[None, False], ids=["direct loads", "probe reads"])
+@pytest.fixture(scope="module", params=READS)
 def watch(request: pytest.FixtureRequest) -> Iterator[Watch]:
-    watch = Watch(request.param)
+    with offering(request.param):
+        watch = Watch(READS[request.param])
     assert watch.lost == []
+    if request.param == "breakpoints":
+        assert trampolines(watch.tracer) == []
     yield watch
     watch.tracer.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ from rsplice.audit import Finding
 from rsplice.events import Tally
 from rsplice.launch import Command
 from rsplice.session import kernel_version
-from rsplice.tracers.providers import ALL
+from rsplice.tracers import providers
+from rsplice.tracers.btf import Btf
+from rsplice.tracers.providers import ALL, How
 from rsplice.tracers.tracer import PROBES, Tracer
 
 COUNT = 23
+#: How a tracer reads memory, and that it has to do without fentry -> Tracer's *direct*.
+READS = {"direct loads": None, "probe reads": False, "breakpoints": None}
 #: From 7.0 on events may be lost to whoever else runs (Counters.nr_lost).
 TRIES = 3 if kernel_version() >= (7, 0) else 1
 #: Older kernels have the tracepoint, but not what is read at it (rsplice/tracers/layout.py).
@@ -40,6 +46,23 @@ class Seen:
     def only(self, name: str) -> Finding:
         (finding,) = [f for f in self.findings if f.name == name]
         return finding
+
+
+@contextmanager
+def offering(reads: str) -> Iterator[None]:
+    """With "breakpoints" a tracer that begins in here finds no fentry, only kprobes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if reads == "breakpoints":
+            patch.setattr(providers, "can_fexit", lambda function: False)
+            if not providers.running(Btf()).kprobes:
+                pytest.skip(providers.NEITHER)
+        yield
+
+
+def trampolines(tracer: Tracer) -> list[str]:
+    """The functions at which a tracer has fentry or fexit."""
+    taken = [each.candidate for each in tracer.observed if each.candidate]
+    return [each.function for each in taken if each.how in (How.FENTRY, How.FEXIT)]
 
 
 class Watch:

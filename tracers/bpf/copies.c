@@ -30,6 +30,66 @@ static __always_inline u64 peek64(u64 address)
 				 tracepoint_arg(ctx, REGS_ARG1 / 8));                              \
 	}
 
+/*
+ * What functions were called with: a breakpoint at the return has the result alone, so one at the
+ * entry keeps the arguments for it. Of a thread and a function the last call is kept.
+ */
+struct kept_call {
+	u64 args[4];
+};
+struct kept_call_key {
+	u32 tid;
+	u32 function;
+};
+BPF_TABLE("lru_hash", struct kept_call_key, struct kept_call, kept_calls, 4096);
+
+static __always_inline int keep_call(u64 *ctx, u32 function)
+{
+	struct kept_call_key key = {.tid = bpf_get_current_pid_tgid(), .function = function};
+	struct kept_call call = {
+		.args = {tracepoint_arg(ctx, REGS_ARG0 / 8), tracepoint_arg(ctx, REGS_ARG1 / 8),
+			 tracepoint_arg(ctx, REGS_ARG2 / 8), tracepoint_arg(ctx, REGS_CX / 8)}};
+
+	kept_calls.update(&key, &call);
+	return 0;
+}
+
+static __always_inline u64 *kept_args(u32 function)
+{
+	struct kept_call_key key = {.tid = bpf_get_current_pid_tgid(), .function = function};
+	struct kept_call *call = kept_calls.lookup(&key);
+
+	return call ? call->args : 0;
+}
+
+static __always_inline void end_call(u32 function)
+{
+	struct kept_call_key key = {.tid = bpf_get_current_pid_tgid(), .function = function};
+
+	kept_calls.delete(&key);
+}
+
+/* A trampoline has the result behind the arguments, nr of them; 0: the result does not matter. */
+#define AT_RETURN(name, nr)                                                                        \
+	enum { name##_function = __COUNTER__ };                                                    \
+	int name(u64 *ctx)                                                                         \
+	{                                                                                          \
+		return name##_at(ctx, tracepoint_arg(ctx, nr));                                    \
+	}                                                                                          \
+	int name##_entry(u64 *ctx)                                                                 \
+	{                                                                                          \
+		return keep_call(ctx, name##_function);                                            \
+	}                                                                                          \
+	int name##_return(u64 *ctx)                                                                \
+	{                                                                                          \
+		u64 *args = kept_args(name##_function);                                            \
+                                                                                                   \
+		if (args)                                                                          \
+			name##_at(args, tracepoint_arg(ctx, REGS_AX / 8));                         \
+		end_call(name##_function);                                                         \
+		return 0;                                                                          \
+	}
+
 static __always_inline int count_copied(u32 side, s64 bytes)
 {
 	u64 who = bpf_get_current_pid_tgid(), task = bpf_get_current_task();
@@ -82,86 +142,90 @@ static __always_inline bool takes_pages(u64 iter)
 }
 
 /* filemap_read(iocb, iter, already_read): what O_DIRECT has read before is part of the result. */
-int copied_filemap_read(u64 *ctx)
+static __always_inline int copied_filemap_read_at(u64 *args, u64 result)
 {
-	if (takes_pages(tracepoint_arg(ctx, 1)))
+	if (takes_pages(tracepoint_arg(args, 1)))
 		return 0;
-	return count_copied(SIDE_IN, (s64)tracepoint_arg(ctx, 3) - (s64)tracepoint_arg(ctx, 2));
+	return count_copied(SIDE_IN, (s64)result - (s64)tracepoint_arg(args, 2));
 }
+AT_RETURN(copied_filemap_read, 3)
 
 /* The read_iter(iocb, iter) of files that live in memory. */
-int copied_read_iter(u64 *ctx)
+static __always_inline int copied_read_iter_at(u64 *args, u64 result)
 {
-	if (takes_pages(tracepoint_arg(ctx, 1)))
+	if (takes_pages(tracepoint_arg(args, 1)))
 		return 0;
-	return count_copied(SIDE_IN, (s64)tracepoint_arg(ctx, 2));
+	return count_copied(SIDE_IN, (s64)result);
 }
+AT_RETURN(copied_read_iter, 2)
 
 /* skb_copy_datagram_from_iter(skb, offset, from, len) returns 0. */
-int copied_skb_copy_datagram_from_iter(u64 *ctx)
+static __always_inline int copied_skb_copy_datagram_from_iter_at(u64 *args, u64 result)
 {
-	return (s32)tracepoint_arg(ctx, 4) ? 0
-					   : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+	return (s32)result ? 0 : count_copied(SIDE_OUT, (s32)tracepoint_arg(args, 3));
 }
+AT_RETURN(copied_skb_copy_datagram_from_iter, 4)
 
 /* ip_generic_getfrag(from, to, offset, len, odd, skb) returns 0. */
-int copied_ip_generic_getfrag(u64 *ctx)
+static __always_inline int copied_ip_generic_getfrag_at(u64 *args, u64 result)
 {
-	return (s32)tracepoint_arg(ctx, 6) ? 0
-					   : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+	return (s32)result ? 0 : count_copied(SIDE_OUT, (s32)tracepoint_arg(args, 3));
 }
+AT_RETURN(copied_ip_generic_getfrag, 6)
 
 /*
  * tcp_sendmsg_locked(sk, msg, size) takes pages by reference for MSG_SPLICE_PAGES (6.5), and for
  * MSG_ZEROCOPY where the socket or the caller (io_uring, by msg_ubuf) asked for it.
  */
-int copied_tcp_sendmsg_locked(u64 *ctx)
+static __always_inline int copied_tcp_sendmsg_locked_at(u64 *args, u64 result)
 {
-	u64 msg = tracepoint_arg(ctx, 1);
+	u64 msg = tracepoint_arg(args, 1);
 	u32 flags = peek64(msg + MSGHDR_FLAGS);
 	bool by_reference = flags & MSG_SPLICE_PAGES;
 
 #if HAVE_ZEROCOPY
 	if (flags & MSG_ZEROCOPY)
 		by_reference |=
-			peek64(tracepoint_arg(ctx, 0) + SOCK_FLAGS) >> SOCK_ZEROCOPY_BIT & 1;
+			peek64(tracepoint_arg(args, 0) + SOCK_FLAGS) >> SOCK_ZEROCOPY_BIT & 1;
 #endif
 	if (flags & MSG_ZEROCOPY && MSGHDR_UBUF)
 		by_reference |= peek64(msg + MSGHDR_UBUF) != 0;
-	return by_reference ? 0 : count_copied(SIDE_OUT, (s32)tracepoint_arg(ctx, 3));
+	return by_reference ? 0 : count_copied(SIDE_OUT, (s32)result);
 }
+AT_RETURN(copied_tcp_sendmsg_locked, 3)
 
 #if HAVE_NETWORK
 /*
  * skb_copy_ubufs(skb, gfp) copies the pages of a zero-copy send, mostly in an interrupt on the
  * sender's time, or on a kernel thread's.
  */
-int copied_skb_copy_ubufs(u64 *ctx)
+static __always_inline int copied_skb_copy_ubufs_at(u64 *args, u64 result)
 {
 	u64 task = bpf_get_current_task();
 
-	if ((s32)tracepoint_arg(ctx, 2) < 0)
+	if ((s32)result < 0)
 		return 0;
 	if (process_of(bpf_get_current_pid_tgid() >> 32, task) ||
 	    peek64(task + TASK_FLAGS) & PF_KTHREAD)
-		count_outside(PACKETS, (u32)peek64(tracepoint_arg(ctx, 0) + SKB_DATA_LEN));
+		count_outside(PACKETS, (u32)peek64(tracepoint_arg(args, 0) + SKB_DATA_LEN));
 	return 0;
 }
+AT_RETURN(copied_skb_copy_ubufs, 2)
 #endif
 
 /*
  * fuse_copy_do(cs, val, size) copies nothing without val. Over a ring a server gets requests in
  * task work, and answers several in one call: there the bytes are the request's, not the thread's.
  */
-int copied_fuse_copy_do(u64 *ctx)
+static __always_inline int copied_fuse_copy_do_at(u64 *args, u64 result)
 {
-	s32 bytes = tracepoint_arg(ctx, 3);
+	s32 bytes = result;
 
-	if (!tracepoint_arg(ctx, 1))
+	if (!tracepoint_arg(args, 1))
 		return 0;
 #if HAVE_FUSE_RING
 	{
-		u64 request = peek64(tracepoint_arg(ctx, 0) + FUSE_COPY_REQ);
+		u64 request = peek64(tracepoint_arg(args, 0) + FUSE_COPY_REQ);
 		u64 task = bpf_get_current_task();
 		struct copied none = {}, *own;
 
@@ -179,6 +243,7 @@ int copied_fuse_copy_do(u64 *ctx)
 #endif
 	return count_copied(SIDE_OUT, bytes);
 }
+AT_RETURN(copied_fuse_copy_do, 3)
 
 /* Whether a request of an io_uring is a leg. */
 static __always_inline bool is_leg(u64 request)
@@ -210,9 +275,9 @@ AT_ENTRY(copied_request_begins)
  * it is a leg. It must not be left to the next request, which is likely to be kept at the same
  * address.
  */
-int copied_request(u64 *ctx)
+static __always_inline int copied_request_at(u64 *args, u64 result)
 {
-	u64 request = tracepoint_arg(ctx, 0);
+	u64 request = tracepoint_arg(args, 0);
 	u32 tid = bpf_get_current_pid_tgid();
 	struct copied none = {}, *mine = copied_by.lookup(&tid), *own;
 
@@ -232,6 +297,7 @@ int copied_request(u64 *ctx)
 		move_copied(mine, own);
 	return 0;
 }
+AT_RETURN(copied_request, 0)
 
 /* The module's tracepoint: (whether the copying goes to the iterator, bytes). */
 int copied_module(u64 *ctx)
@@ -241,12 +307,13 @@ int copied_module(u64 *ctx)
 }
 
 /* filemap_map_pages(vmf, first, last): what the tracepoint of the same name tells since 6.14. */
-int map_pages(u64 *ctx)
+static __always_inline int map_pages_at(u64 *args, u64 result)
 {
 	struct page_counts *counts = current_page_counts();
 
 	if (counts)
-		counts->mapped += tracepoint_arg(ctx, 2) - tracepoint_arg(ctx, 1) + 1;
+		counts->mapped += tracepoint_arg(args, 2) - tracepoint_arg(args, 1) + 1;
 	return 0;
 }
+AT_RETURN(map_pages, 0)
 #endif

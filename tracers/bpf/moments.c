@@ -84,14 +84,16 @@ static __always_inline int keep_mapped(u64 head)
 
 /* folio_add_file_rmap_ptes(folio, ...) and the like at their return, and page_...(page, ...). */
 #define AT_RMAP(name, told, wanted)                                                                \
-	int name(u64 *ctx)                                                                         \
+	static __always_inline int name##_at(u64 *args, u64 result)                                \
 	{                                                                                          \
-		return told(tracepoint_arg(ctx, 0));                                               \
+		return told(tracepoint_arg(args, 0));                                              \
 	}                                                                                          \
-	int name##_page(u64 *ctx)                                                                  \
+	AT_RETURN(name, 0)                                                                         \
+	static __always_inline int name##_page_at(u64 *args, u64 result)                           \
 	{                                                                                          \
-		return wanted ? told(head_of(plain(tracepoint_arg(ctx, 0)))) : 0;                  \
-	}
+		return wanted ? told(head_of(plain(tracepoint_arg(args, 0)))) : 0;                 \
+	}                                                                                          \
+	AT_RETURN(name##_page, 0)
 
 AT_RMAP(jm_mapped, tell_mapped, any_journey())
 AT_RMAP(jm_unmapped, tell_unmapped, any_journey())
@@ -128,10 +130,9 @@ static __always_inline void tell_moved(u64 old, u64 new)
  * alone asks, and looks at a page that it was given (fuse_check_folio(), fs/fuse/dev.c) before it
  * puts it into the page cache.
  */
-static __always_inline int see_theft(u64 *ctx, bool of_filled)
+static __always_inline int see_theft(u64 slot, bool granted, bool of_filled)
 {
-	u64 slot = tracepoint_arg(ctx, 1), page;
-	u64 process = process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task());
+	u64 process = process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task()), page;
 	u32 zero = 0;
 	struct buffer_classes *classes = buffer_classes.lookup(&zero);
 	struct asked asked = {.tid = bpf_get_current_pid_tgid()};
@@ -143,7 +144,7 @@ static __always_inline int see_theft(u64 *ctx, bool of_filled)
 		return 0;
 	load_buffer_facts(&asked.facts, classes, slot);
 	asked.facts.moment = AT_STEAL;
-	asked.granted = tracepoint_arg(ctx, 2) & 0xff;
+	asked.granted = granted;
 	page = asked.facts.page;
 	tell_asked(page, asked.granted);
 #if FUSE_EVENTS
@@ -158,15 +159,17 @@ static __always_inline int see_theft(u64 *ctx, bool of_filled)
 	return 0;
 }
 
-int steal_buffer(u64 *ctx)
+static __always_inline int steal_buffer_at(u64 *args, u64 result)
 {
-	return see_theft(ctx, false);
+	return see_theft(tracepoint_arg(args, 1), result & 0xff, false);
 }
+AT_RETURN(steal_buffer, 2)
 
-int steal_filled(u64 *ctx)
+static __always_inline int steal_filled_at(u64 *args, u64 result)
 {
-	return see_theft(ctx, true);
+	return see_theft(tracepoint_arg(args, 1), result & 0xff, true);
 }
+AT_RETURN(steal_filled, 2)
 
 /* What was seen of a page as it was stolen, before it is put anywhere; 0 where that is not known.
  */
@@ -281,21 +284,23 @@ static __always_inline int map_lent(u64 fault, u64 page, u64 nr)
 }
 
 /* set_pte_range(vmf, folio, page, nr, addr) (mm/memory.c), since 6.6 */
-int map_range(u64 *ctx)
+static __always_inline int map_range_at(u64 *args, u64 result)
 {
 	if (nothing_is_lent())
 		return 0;
-	return map_lent(tracepoint_arg(ctx, 0), tracepoint_arg(ctx, 2),
-			(u32)tracepoint_arg(ctx, 3));
+	return map_lent(tracepoint_arg(args, 0), tracepoint_arg(args, 2),
+			(u32)tracepoint_arg(args, 3));
 }
+AT_RETURN(map_range, 0)
 
 /* do_set_pte(vmf, page, addr), and before 5.12 alloc_set_pte(vmf, page) */
-int map_page(u64 *ctx)
+static __always_inline int map_page_at(u64 *args, u64 result)
 {
 	if (nothing_is_lent())
 		return 0;
-	return map_lent(tracepoint_arg(ctx, 0), tracepoint_arg(ctx, 1), 1);
+	return map_lent(tracepoint_arg(args, 0), tracepoint_arg(args, 1), 1);
 }
+AT_RETURN(map_page, 0)
 #endif
 
 #if HAVE_IDENTITY && IDENTITY
