@@ -55,6 +55,7 @@ TESTS = (
     "tests/test_tracer.py",
     "tests/test_tracing.py",
     "tests/real/test_processes.py",
+    "tests/real/test_workloads.py",
 )
 #: The same again with slower memory reads, which every kernel has: once is enough.
 _LEFT_OUT = re.compile(r"probe reads|bpf_probe_read_kernel")
@@ -240,6 +241,9 @@ def _prepare(arguments: tuple[str, ...]) -> list[str]:
     drivers.mkdir(parents=True, exist_ok=True)
     make = ("make", "-s", "-C", ROOT / "tests/drivers", f"BUILD={drivers}", "all", "compat32")
     subprocess.run(make, check=True)
+    # Whatever comes of it: its modules are compiled.
+    audit = (sys.executable, "-m", "rsplice", "audit", "-q", "--", "true")
+    subprocess.run(audit, cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--collect-only", *_OPTIONS, *arguments],
         cwd=ROOT,
