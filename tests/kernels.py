@@ -56,6 +56,7 @@ TESTS = (
     "tests/test_tracing.py",
     "tests/real/test_processes.py",
     "tests/real/test_workloads.py",
+    "tests/real/test_lost_events.py",
 )
 #: The same again with slower memory reads, which every kernel has: once is enough.
 _LEFT_OUT = re.compile(r"probe reads|bpf_probe_read_kernel")
