@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import rsplice
-from rsplice import engine, probes, tracing
+from rsplice import engine, probes, session, tracing
 from rsplice.audit import Audit
 from rsplice.tracers import tracer as tracers
 from tests.support.patience import DEADLINE, PATIENCE
@@ -102,6 +102,16 @@ def spliced(audit: Audit) -> int:
     ]
     assert sum(path.shared for path in paths) == sum(path.payload_bytes for path in paths)
     return sum(path.shared for path in paths)
+
+
+def check_payload(audit: Audit, seen: int, made: int) -> None:
+    """All bytes were seen, but for calls of SIZE, each of which is told as lost.
+
+    Only Linux 7.0 and later lose some, where more threads run than CPUs (docs/kernels.md).
+    """
+    lost = audit.accuracy.events_lost
+    assert made - lost * SIZE <= seen <= made
+    assert lost == 0 or session.kernel_version() >= (7, 0)
 
 
 # What is counted
@@ -207,7 +217,7 @@ def test_threads_are_counted(data: Path) -> None:
             thread.join()
     for relay in relays:
         relay.close()
-    assert spliced(trace.audit) == 7 * SENT
+    check_payload(trace.audit, spliced(trace.audit), 7 * SENT)
     assert [process.pid for process in trace.audit.processes] == [os.getpid()]
 
 
@@ -277,8 +287,8 @@ def test_children_that_start_while_room_is_made_are_counted(
     finally:
         made.close()
     written = [path for path in audit.paths if path.destination == "/dev/null"]
-    assert sum(path.payload_bytes for path in written) == children * SIZE
-    assert len(audit.processes) == 1 + children
+    check_payload(audit, sum(path.payload_bytes for path in written), children * SIZE)
+    assert 0 <= 1 + children - len(audit.processes) <= audit.accuracy.events_lost
 
 
 # Children

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from rsplice.session import kernel_version
 from rsplice.workloads import memfd
 from tests.support.filesystems import Scratch
 from tests.support.run import ROOT, TWO_LEGS, Counts, Result, audit
@@ -42,7 +43,7 @@ workload.prepare_parser(parser)
 for number, (tempfile.tempdir, *arguments) in enumerate(json.loads(sys.argv[1])):
     if not (pid := os.fork()):
         for descriptor, name in ((1, "json"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+            os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         core.set_process_name = lambda name: rename(f"c{number}-{name}")
         core.set_process_name("main")
         try:
@@ -236,10 +237,14 @@ def matrix(
         more = ["--size", str(each.size), "--count", str(COUNT), "--json"]
         cases.append([str(where), *each.arguments.split(), *more])
     program = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
-    result = audit(["env", "-C", directory, f"PYTHONPATH={ROOT}", *program])
-    assert result.status == 0, result.stderr
-    assert result.json["accuracy"]["events_lost"] == 0
-    return Matrix(result, directory)
+    command = ["env", "-C", str(directory), f"PYTHONPATH={ROOT}", *program]
+    # Linux 7.0 and later lose some where more threads run than CPUs (docs/kernels.md).
+    for _ in range(3 if kernel_version() >= (7, 0) else 1):
+        result = audit(command)
+        assert result.status == 0, result.stderr
+        if not result.json["accuracy"]["events_lost"]:
+            return Matrix(result, directory)
+    raise AssertionError("events were lost")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
