@@ -242,21 +242,31 @@ AT_ENTRY(insert_page)
 #define VM_WRITE  0x2
 #define VM_SHARED 0x8
 
+/* What map_lent() tells; in a map for want of stack, beside a finding's own and its journey. */
+struct lent_mapping {
+	struct finding_key key;
+	struct facts facts;
+};
+BPF_TABLE("percpu_array", u32, struct lent_mapping, lent_mappings, 1);
+
 /* Pages of a file have been mapped so that they can be written to: found if they are lent now. */
 static __always_inline int map_lent(u64 fault, u64 page, u64 nr)
 {
 	u64 vma = read64(fault + VMF_VMA), flags = read64(vma + VMA_FLAGS);
-	struct finding_key key = {
-		.destination = END_PIPE, .name = CHANGED_IN_FLIGHT, .reason = MAPPED_TO_WRITE};
-	struct facts facts = {.class = CACHE_BUFFER};
 	struct loan_key file = {};
 	struct deed deed = {};
-	u32 place = SEARCH_MAPPED;
+	u32 place = SEARCH_MAPPED, zero = 0;
 	u64 way;
 	struct search *search = searches.lookup(&place);
+	struct lent_mapping *lent = lent_mappings.lookup(&zero);
 
-	if (!search || (flags & (VM_WRITE | VM_SHARED)) != (VM_WRITE | VM_SHARED))
+	if (!search || !lent || (flags & (VM_WRITE | VM_SHARED)) != (VM_WRITE | VM_SHARED))
 		return 0;
+	__builtin_memset(lent, 0, sizeof(*lent));
+	lent->key.destination = END_PIPE;
+	lent->key.name = CHANGED_IN_FLIGHT;
+	lent->key.reason = MAPPED_TO_WRITE;
+	lent->facts.class = CACHE_BUFFER;
 	search->page = plain(page);
 	search->span = nr * PAGE_SIZE_OF;
 	file.mapping = read64(head_of(search->page) + PAGE_MAPPING);
@@ -271,14 +281,14 @@ static __always_inline int map_lent(u64 fault, u64 page, u64 nr)
 		search_pipe(search, loan);
 		if (!search->found)
 			continue;
-		key.process = loan->process;
-		key.source = loan->source;
-		key.via = loan->via;
-		load_slot_facts(&facts, search->slot);
-		facts.moment = AT_MAP;
-		record_all(&key, &facts, 0, search->found);
+		lent->key.process = loan->process;
+		lent->key.source = loan->source;
+		lent->key.via = loan->via;
+		load_slot_facts(&lent->facts, search->slot);
+		lent->facts.moment = AT_MAP;
+		record_all(&lent->key, &lent->facts, 0, search->found);
 		load_deed(&deed);
-		name_deed(&key, &deed);
+		name_deed(&lent->key, &deed);
 	}
 	return 0;
 }
