@@ -163,6 +163,24 @@ def test_without_bcc_nothing_is_read(
     assert compiles == []
 
 
+@needs_bcc
+@needs_bpf
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return nothing_of_the_kind;", "error: use of undeclared identifier"),
+        ('char much[600]; asm volatile("" : : "r"(much)); return 0;', "stack limit of 512 bytes"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_line(body: str, why: str, directory: Path) -> None:
+    """Even where LLVM gives up, and ends the process that it is in."""
+    with pytest.raises(RspliceError, match=why) as told:
+        compiled(f"int f(void *ctx) {{ {body} }}\n")
+    assert str(told.value).startswith("BCC cannot compile the probes: ")
+    assert "\n" not in str(told.value)
+    assert not directory.exists()
+
+
 # --- a guest has its host compile -----------------------------------------------------------------
 
 

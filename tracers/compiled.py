@@ -15,6 +15,8 @@ import json
 import os
 import select
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -147,24 +149,35 @@ def _compile(text: str) -> Compiled:
 
 
 def _compile_here(text: str) -> Compiled:
-    os.environ["BCC_KERNEL_SOURCE"] = str(_HEADERS)
-    saved = os.dup(2)
+    """By a process of its own: what LLVM takes for fatal, as too much of a stack, ends that."""
+    paths = os.pathsep.join(path or "." for path in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=text.encode(),
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": paths, "BCC_KERNEL_SOURCE": str(_HEADERS)},
+    )
     try:
-        with _quiet() as messages:
-            os.dup2(messages.fd, 2)
-            from bcc import BPF
-            from bcc.libbcc import lib
+        return _from_json(json.loads(done.stdout))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        why = _first_error(done.stderr.decode(errors="replace")) or f"status {done.returncode}"
+        raise RspliceError(f"BCC cannot compile the probes: {why}") from None
 
-            program = BPF(text=text.encode(), cflags=_FLAGS)
-    except Exception as error:
-        raise RspliceError(f"BCC cannot compile the probes: {messages.text() or error}") from error
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-    try:
-        return _take(program.module, lib)
-    finally:
-        program.cleanup()
+
+def _first_error(words: str) -> str:
+    """The first error that clang reported, else the last line."""
+    lines = [line for line in words.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines[-1:] or [""])[0]
+
+
+def _main() -> None:
+    """Compiles the text that is the standard input; the result goes to the standard output."""
+    from bcc import BPF
+    from bcc.libbcc import lib
+
+    program = BPF(text=sys.stdin.buffer.read(), cflags=_FLAGS)
+    print(json.dumps(_to_json(_take(program.module, lib))))
 
 
 def _ask(library: Any, function: str, kind: Any, module: Any, number: int) -> Any:
@@ -259,18 +272,5 @@ def _write(path: Path, found: Compiled) -> None:
             old.unlink()
 
 
-class _quiet:
-    """A place for clang's messages, so that they reach the user only in an error."""
-
-    def __enter__(self) -> _quiet:
-        self.fd = os.memfd_create("clang", os.MFD_CLOEXEC)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._words = os.pread(self.fd, 2000, 0).decode(errors="replace").strip()
-        os.close(self.fd)
-
-    def text(self) -> str:
-        """The first error that clang reported."""
-        errors = [line for line in self._words.splitlines() if "error:" in line]
-        return errors[0] if errors else self._words.split("\n")[0]
+if __name__ == "__main__":
+    _main()
