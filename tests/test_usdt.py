@@ -40,6 +40,7 @@ from rsplice.events import HOWS, MARKS, WHYS, Mark, ProcessSeen
 from rsplice.launch import Command
 from rsplice.ledger import Ledger
 from rsplice.recording import parse_audit
+from rsplice.session import kernel_version
 from rsplice.tracers import usdt
 from rsplice.tracers.program import BpfError, Program
 from rsplice.tracers.tracer import Tracer
@@ -189,13 +190,18 @@ def test_every_probe_is_counted_with_its_values(
 
 @privileged
 def test_threads_and_forked_children_lose_nothing(build: Build, file: Path) -> None:
+    """Of system calls, Linux 7.0 and later lose some: more threads run than CPUs. Of marks none."""
     result = audit([build("marks"), str(COUNT), "5", "3", file])
     calls = result.json["rsplice_calls"]
     assert told(calls) == said(threads=15)
-    assert seen_bytes(calls) == {"pread64 user memory": 303 * COUNT * 15}
     each = [p["rsplice_calls"] for p in result.json["processes"]]
     assert [told(one) for one in each] == [said(threads=5)] * 3
-    assert [seen_bytes(one) for one in each] == [{"pread64 user memory": 303 * COUNT * 5}] * 3
+    lost = result.json["accuracy"]["events_lost"]
+    assert lost == 0 or kernel_version() >= (7, 0)
+    seen = [seen_bytes(one)["pread64 user memory"] for one in each]
+    assert all(nbytes <= 303 * COUNT * 5 for nbytes in seen)
+    assert 303 * COUNT * 15 - sum(seen) <= 101 * lost
+    assert seen_bytes(calls) == {"pread64 user memory": sum(seen)}
 
 
 @privileged
