@@ -50,6 +50,12 @@ def differing(result: Result) -> list[dict[str, object]]:
     return [f for f in result.json["findings"] if f["name"] == "cache-differs-from-disk"]
 
 
+def unverified(result: Result) -> list[dict[str, str]]:
+    """What could not be compared; other probes are missing, too: FUSE's before 6.11."""
+    missing: list[dict[str, str]] = result.json["accuracy"]["probes_missing"]
+    return [each for each in missing if each["probe"].startswith("verify ")]
+
+
 def test_a_block_that_was_changed_below_a_file_that_is_spliced(filesystem: Filesystem) -> None:
     file = filesystem.file("lent")
     with cached(file), filesystem.changed(file, 5 * PAGE + 123):
@@ -61,7 +67,7 @@ def test_a_block_that_was_changed_below_a_file_that_is_spliced(filesystem: Files
     assert isinstance(first, dict)
     assert (first["file"], first["file_offset"]) == (str(file), 5 * PAGE)
     assert first["page_frame"] > 0 and 0 < first["time"] <= result.json["duration_s"]
-    assert result.json["accuracy"]["probes_missing"] == []
+    assert unverified(result) == []
 
 
 def test_files_with_nothing_changed_below_them(ext4: Path, xfs: Path, btrfs: Path) -> None:
@@ -75,7 +81,7 @@ def test_files_with_nothing_changed_below_them(ext4: Path, xfs: Path, btrfs: Pat
         result = lend(dict.fromkeys(files, LEND["splice"]), "--fail-on", "violation")
     assert result.status == 0
     assert differing(result) == []
-    assert result.json["accuracy"]["probes_missing"] == []
+    assert unverified(result) == []
 
 
 def test_each_way_to_lend_a_page_counts(on_ext4: Filesystem) -> None:
@@ -94,7 +100,7 @@ def test_only_files_that_were_lent_are_compared(on_ext4: Filesystem) -> None:
     with cached(file), on_ext4.changed(file, 0):
         result = lend({file: "os.read(source, PAGE)\nos.splice(sink, w, PAGE, offset_src=0)"})
         assert differing(result) == []
-        assert result.json["accuracy"]["probes_missing"] == []
+        assert unverified(result) == []
 
 
 def test_a_file_is_found_by_its_inode(on_ext4: Filesystem) -> None:
@@ -112,7 +118,7 @@ def test_a_file_that_is_gone_is_told(on_ext4: Filesystem) -> None:
     file = on_ext4.file("gone")
     result = lend({file: LEND["splice"] + "\nos.unlink(name)"})
     assert differing(result) == []
-    (missing,) = result.json["accuracy"]["probes_missing"]
+    (missing,) = unverified(result)
     assert missing["probe"].startswith("verify inode ")
     assert missing["cost"] == "whether its cached pages differ from the disk is not known"
 
@@ -126,7 +132,7 @@ def test_files_that_cannot_be_opened_are_told_together(on_ext4: Filesystem) -> N
         " os.splice(other, w, PAGE, offset_src=0)\n os.read(r, PAGE)\n"
         " os.unlink(f'{name} {i}')\n"
     )
-    (missing,) = lend({file: body}).json["accuracy"]["probes_missing"]
+    (missing,) = unverified(lend({file: body}))
     assert missing["probe"].startswith("verify inode ")
     assert missing["probe"].endswith(" of ext4 and 2 more")
 
