@@ -310,8 +310,9 @@ def _run(series: str, tests: list[str]) -> Outcome:
     environment = _environment() | _module(series)
     begun = time.monotonic()
     with open(f"{BUILD / series}.log", "wb") as log:
-        for _ in range(BOOTS):
-            _boot(outcome, log, begun, environment)
+        for number in range(BOOTS):
+            console = BUILD / f"{series}.{number}.console"
+            _boot(outcome, log, begun, environment, console)
             if outcome.running:
                 why = f"the guest ended in it: {outcome.last_words}"
                 outcome.results[outcome.running] = ("failed", why)
@@ -323,7 +324,9 @@ def _run(series: str, tests: list[str]) -> Outcome:
     return outcome
 
 
-def _boot(outcome: Outcome, log: IO[bytes], begun: float, environment: dict[str, str]) -> None:
+def _boot(
+    outcome: Outcome, log: IO[bytes], begun: float, environment: dict[str, str], console: Path
+) -> None:
     """One guest, for the tests that are left."""
     series = outcome.series
     names = BUILD / f"{series}.tests"
@@ -335,7 +338,7 @@ def _boot(outcome: Outcome, log: IO[bytes], begun: float, environment: dict[str,
     pytest = [sys.executable, "-m", "pytest", "-p", "tests.support.results", *_OPTIONS]
     pytest += ["-v", "--tb=short", "--durations=23", f"--timeout={_TEST_SECONDS}", f"@{names}"]
     guest = [sys.executable, "-m", "rsplice", "kernel", "run", f"--timeout={SECONDS}"]
-    guest += ["--memory=4096", f"--console={BUILD / series}.console"]
+    guest += ["--memory=4096", f"--console={console}"]
     guest += [f"--cpus={CPUS}"] if outcome.version >= CROWDED else []
     guest += [series, "--"]
     with subprocess.Popen(

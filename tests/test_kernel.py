@@ -62,6 +62,13 @@ if part == "panic":
     for each in range(101):
         fds["console"].sendall(b"[ 1.2]  ? frame %d\r\n" % each)
     sys.exit(0)
+if part == "oops":
+    for words in ("one", "BUG: kernel NULL pointer dereference", "Oops: 0000 [#1] SMP", "RIP: so"):
+        fds["console"].sendall(b"[ 1.2] %s\r\n" % words.encode())
+    for each in range(101):
+        fds["console"].sendall(b"[ 1.2]  ? frame %d\r\n" % each)
+    fds["console"].sendall(b"[ 1.2] Kernel panic - not syncing: Fatal exception\r\n")
+    sys.exit(0)
 if part == "hang":
     fds["console"].sendall(b"last words\n")
     fds["output"].sendall(b"before\n")
@@ -349,6 +356,22 @@ def test_what_a_guest_prints_is_shown_sanitised(
     assert len(shown.splitlines()) == 21 and "frame 0\n" in shown and "frame 99" not in shown
     assert "Kernel panic" in shown.splitlines()[-1]
     assert "\x1b" not in shown and "\x07" not in shown
+
+
+def test_of_a_panic_that_an_oops_has_caused_the_oops_is_shown(
+    guest: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    guest("oops")
+    assert main(["kernel", "run", RELEASE, "--", "true"]) == 125
+    *shown, last = capfd.readouterr().err.splitlines()
+    assert shown[:4] == [
+        "guest: [ 1.2] BUG: kernel NULL pointer dereference",
+        "guest: [ 1.2] Oops: 0000 [#1] SMP",
+        "guest: [ 1.2] RIP: so",
+        "guest: [ 1.2]  ? frame 0",
+    ]
+    assert len(shown) == 40
+    assert "Kernel panic - not syncing: Fatal exception" in last
 
 
 def test_the_console_is_kept_where_it_is_wanted(

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ _INSTALLED = dict.fromkeys((sys.prefix, str(Path(__file__).parents[2])))
 #: The first ports, in the order that init.c knows.
 _STREAMS = ("control", "input", "output", "errors")
 _CONSOLE_LINES = 20
+_OOPS_LINES, _FAULT_LINES = 40, 3  #: the registers come before the call trace
 _CONSOLE_WIDTH = 1000  #: bytes of a line that are kept
 _KVM_SECONDS = 8.0  #: a guest that KVM runs is up within one
 _BOOT_SECONDS = 180.0  #: an emulated one on a busy machine
@@ -201,6 +202,7 @@ class _Guest:
         self._selector = self._cleanup.enter_context(selectors.DefaultSelector())
         self._console: deque[bytes] = deque(maxlen=_CONSOLE_LINES)
         self._line = b""  # the console's last, as far as it is here
+        self._oops: list[bytes] = []  # the first, with which a panic may have begun
         self._panic: bytes | None = None
         self._words = b""
         self._up = self._running = False
@@ -338,7 +340,16 @@ class _Guest:
             self._keep(line[:_CONSOLE_WIDTH])
 
     def _keep(self, line: bytes) -> None:
-        """The last lines, but of a panic the first: many more follow, and the cause stands here."""
+        """The last lines, but of a panic the first: many more follow, and the cause stands here.
+
+        Or in those of an oops before it, whose header ends in its number (__die_header(),
+        arch/x86/kernel/dumpstack.c) and may follow a few lines of the page fault's.
+        """
+        if not self._oops and self._panic is None and re.search(rb"\[#\d+\]", line):
+            self._oops = [each for each in self._console if b"BUG" in each or b"#PF" in each]
+            self._oops = self._oops[-_FAULT_LINES:] + [line]
+        elif self._oops and len(self._oops) < _OOPS_LINES:
+            self._oops.append(line)
         if self._panic is None and (found := re.search(rb"Kernel panic[^\r]*", line)):
             self._panic = found[0]
             self._console = deque(list(self._console)[-_CONSOLE_LINES // 2 :])
@@ -415,7 +426,9 @@ class _Guest:
     # --- failures ---
 
     def _failed(self, why: str) -> GuestFailed:
-        kept = [*self._console, self._line] if self._panic is None else self._console
+        kept: Iterable[bytes] = [*self._console, self._line]
+        if self._panic is not None:
+            kept = self._oops or self._console
         lines = [line.decode(errors="replace").rstrip("\r") for line in kept]
         return GuestFailed(why, [line for line in lines if line.strip()])
 
