@@ -98,16 +98,20 @@ static __always_inline void open_call(u64 process, u64 *values)
 	struct open_key key = {.process = process, .id = id, .tid = tid};
 	struct inside *inside, first = {.process = process};
 
-	if (usdt_open.update(&key, &reserved))
+	if (usdt_open.update(&key, &reserved)) {
+		count_lost_mark();
 		return;
+	}
 	count_open(1);
 	inside = usdt_inside.lookup(&tid);
 	if (!inside || inside->process != process) {
 		usdt_inside.update(&tid, &first);
 		inside = usdt_inside.lookup(&tid);
 	}
-	if (!inside)
+	if (!inside) {
+		count_lost_mark();
 		return;
+	}
 	inside->depth++;
 	inside->bytes += reserved;
 	inside->in = values[1];
