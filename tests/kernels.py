@@ -153,6 +153,7 @@ NOT_SEEN: tuple[NotSeen, ...] = (
         (6, 5),
         "before 6.5 the end of a read with O_DIRECT may refer to its pages for a moment longer, "
         "and a reply that comes at once has them copied",
+        since=(6, 1),  # 5.10 won the race when it was tried
     ),
     NotSeen(r"descendants.*\[(ring|direct|write)-copy", (6, 14), "FUSE over io_uring is of 6.14"),
     NotSeen(r"descendants.*\[ublk-(cached|zero)\]", (6, 16), "ublk has AUTO_BUF_REG since 6.16"),
