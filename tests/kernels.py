@@ -37,7 +37,7 @@ AT_ONCE = 2
 #: From 7.0 on, where more threads run than CPUs, the kernel passes over some (docs/kernels.md).
 CROWDED, CPUS = (7, 0), 8
 BOOTS = 3  #: of one kernel: a guest that has ended is followed by another one
-SECONDS = 2400  #: for the tests of one guest
+SECONDS = 3600  #: for the tests of one guest
 _TEST_SECONDS = 400
 
 #: What is run, of each file what needs BPF: pytest's arguments.

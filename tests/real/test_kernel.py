@@ -278,7 +278,7 @@ def test_ctrl_c_is_the_commands_and_leaves_nothing(kernel: cache.Kernel, tmp_pat
     before = set(cache.directory().iterdir())
     with started("kernel", "run", SERIES, "--", "sh", "-c", script, cwd=tmp_path) as run:
         assert run.stdout is not None
-        assert run.stdout.readline() == b"ready\n"
+        assert run.stdout.readline() == b"ready\n", run.communicate(timeout=BOOT)
         guests = guests_of(run)
         run.send_signal(signal.SIGINT)
         output, errors = run.communicate(timeout=BOOT)
