@@ -50,7 +50,7 @@ from tests.support.attached import (
     wait_until_attached,
     wait_until_gone,
 )
-from tests.support.run import RSPLICE, Running, audit, environment, process
+from tests.support.run import RSPLICE, Result, Running, audit, environment, process
 from tests.test_ledger import KERNEL, PROCESSES, PROPERTY, tallies
 from tests.test_report import EVIL, EVIL_SHOWN
 
@@ -161,6 +161,12 @@ def seen_bytes(calls: dict[str, Any]) -> dict[str, int]:
 # Attached to a program that fires them a known number of times.
 
 
+def unattached(result: Result) -> list[dict[str, str]]:
+    """Files whose marks are not seen; other probes are missing, too: FUSE's before 6.11."""
+    missing: list[dict[str, str]] = result.json["accuracy"]["probes_missing"]
+    return [each for each in missing if each["probe"].startswith("probes in ")]
+
+
 @privileged
 @pytest.mark.parametrize(
     "flags",
@@ -184,7 +190,7 @@ def test_every_probe_is_counted_with_its_values(
     # Of the reads, those inside the calls, also behind the abort of a part.
     assert seen_bytes(calls) == {"pread64 user memory": 303 * COUNT}
     assert str(program) in result.json["accuracy"]["usdt_files"]
-    assert result.json["accuracy"]["probes_missing"] == []
+    assert unattached(result) == []
     assert result.json["accuracy"]["events_lost"] == 0
 
 
@@ -238,7 +244,7 @@ def test_nothing_is_said_of_programs_without_librsplice(file: Path) -> None:
     assert result.json["rsplice_calls"]["seen"] == []
     assert all("rsplice_calls" not in process for process in result.json["processes"])
     assert "LIBRSPLICE" not in result.stderr
-    assert result.json["accuracy"]["probes_missing"] == []
+    assert unattached(result) == []
 
 
 @privileged
