@@ -33,7 +33,7 @@ DOCS = ROOT / "docs" / "kernels.md"
 
 #: Debian's oldest that is supported in full, its stable one, and the newest that it has.
 SERIES = ("6.1", "6.12", "7.3")
-AT_ONCE = 2
+AT_ONCE = 3  #: guests; each leaves a fifth of a CPU idle, and the last one would run alone
 #: From 7.0 on, where more threads run than CPUs, the kernel passes over some (docs/kernels.md).
 CROWDED, CPUS = (7, 0), 8
 BOOTS = 3  #: of one kernel: a guest that has ended is followed by another one
@@ -55,8 +55,6 @@ TESTS = (
     "tests/test_tracer.py",
     "tests/test_tracing.py",
     "tests/test_usdt.py",
-    "tests/real/test_journey.py",
-    "tests/real/test_journey_findings.py",
     "tests/real/test_processes.py",
     "tests/real/test_workloads.py",
     "tests/real/test_lost_events.py",
@@ -71,11 +69,12 @@ TESTS = (
     "tests/real/test_audit_verify.py::test_a_file_is_found_by_its_inode",
 )
 #: The same again with slower memory reads, which every kernel has: once is enough. Of marks, what
-#: the kernel has no part in: where programs are found, their compiler's flags, garbage in them.
+#: the kernel has no part in: where programs are found, their compiler's flags, garbage in them;
+#: and a crowd of twins, in which a 7.3 guest has panicked once (docs/kernels.md).
 _LEFT_OUT = re.compile(
     r"probe reads|bpf_probe_read_kernel|slower_reads_do_as_well"
     r"|test_usdt.py::.*(\[-O[013].*\]|-static|doctor|garbage|without|librar.*_is_found|has_mapped"
-    r"|make_room)"
+    r"|make_room|a_twin_that_is_not)"
 )
 
 
