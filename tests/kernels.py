@@ -129,8 +129,8 @@ NOT_SEEN: tuple[NotSeen, ...] = (
     NotSeen(
         r"test_usdt.py::test_two_capabilities_are_enough",
         (6, 6),
-        "before 6.6 the probes of librsplice take perf_event_open(2), which Debian's kernels refuse "
-        "without CAP_SYS_ADMIN",
+        "before 6.6 the probes of librsplice take perf_event_open(2), which Debian's kernels "
+        "refuse without CAP_SYS_ADMIN",
     ),
     NotSeen(r"\[splice-f/dev/zero-", (6, 5), "/dev/zero can be spliced from since 6.5"),
     NotSeen(r"\[io_uring-read_multishot-", (6, 7), "io_uring has read_multishot since 6.7"),
