@@ -54,6 +54,11 @@ if part == "no-setup":
     time.sleep(1000)
 if part == "no-boot":
     time.sleep(1000)
+starts = len(open(os.environ["PIDS"]).readlines())
+if part == "trips" and starts == 1 or part == "trips-always":
+    fds["console"].sendall(b"[ 1.6] Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\r\n")
+    fds["console"].sendall(b"[ 1.6] Kernel panic - not syncing: Fatal exception\r\n")
+    sys.exit(0)
 fds["control"].sendall(b"up\nru")
 fds["control"].sendall(b"n\n")
 if part == "panic":
@@ -372,6 +377,20 @@ def test_of_a_panic_that_an_oops_has_caused_the_oops_is_shown(
     ]
     assert len(shown) == 40
     assert "Kernel panic - not syncing: Fatal exception" in last
+
+
+def test_a_guest_that_trips_over_a_breakpoint_as_it_boots_is_booted_anew(
+    guest: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pids = guest("trips")
+    assert main(["kernel", "run", RELEASE, "--", "true"]) == 7
+    assert len(pids.read_text().splitlines()) == 2
+    assert capfd.readouterr().err == ""
+    pids.unlink()
+    guest("trips-always")
+    assert main(["kernel", "run", RELEASE, "--", "true"]) == 125
+    assert len(pids.read_text().splitlines()) == 3
+    assert "Oops: int3" in capfd.readouterr().err
 
 
 def test_the_console_is_kept_where_it_is_wanted(
