@@ -95,6 +95,7 @@ struct journey {
 	u32 moved;  /* a FUSE reply has just moved it in */
 	u32 found;  /* a finding that was asked for is about it: its place is kept */
 	u32 last;   /* finding and reason that were told last, 0 after anything else */
+	u32 row;    /* steps of a large folio's buffers that were told since anything else: bits */
 	u64 time;   /* when it was chosen */
 };
 BPF_HASH(journeys, u64, struct journey, 2 * JOURNEY_MAX);
@@ -311,11 +312,30 @@ static __always_inline struct hit *add_hit(struct hits *hits, u64 head, u32 step
 	return hit;
 }
 
+/*
+ * Each buffer of a large folio is asked for, and released, by itself. Of several in a row the first
+ * is told: they would use up what is kept of a page. Granted and refused are not the same.
+ */
+static __always_inline bool is_told_already(struct journey *journey, struct hit *hit)
+{
+	u32 step = hit->step == STEP_RELEASED ? 1 : hit->how == HOW_GRANTED ? 2 : 4;
+
+	if ((hit->step != STEP_ASKED && hit->step != STEP_RELEASED) || pages_of(hit->head) <= 1) {
+		journey->last = journey->row = 0;
+		return false;
+	}
+	if (journey->row & step)
+		return true;
+	journey->row |= step;
+	return false;
+}
+
 static __always_inline void tell(struct journey *journey, struct hit *hit)
 {
 	struct journey_event *event;
 
-	journey->last = 0;
+	if (is_told_already(journey, hit))
+		return;
 	if (!within_share(journey, hit->step))
 		return;
 	event = journey_ring.ringbuf_reserve(sizeof(*event));
