@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 
 from rsplice.events import Tally
 from rsplice.launch import Command
+from rsplice.tracers.program import BpfError
 from rsplice.tracers.providers import MODULE_TRACEPOINT, How
 from rsplice.tracers.tracer import Tracer
 from tests.support.run import Driver
@@ -28,6 +30,8 @@ pytestmark = pytest.mark.privileged
 
 USER = "user memory"
 PAGES = 64
+COUNT = 23
+THREADS = 1 << 22  # PID_MAX_LIMIT of include/linux/threads.h
 
 #: The driver's arguments, and the path whose every byte is copied once.
 COPIED = {
@@ -205,3 +209,21 @@ def test_a_page_that_is_given_and_not_taken_is_refused_once(
         }
         before = {f.first["pid"] for f in watch.tracer.counters.read().findings}
         assert refused == {reason: PAGES}
+
+
+def test_calls_whose_arguments_find_no_room_are_lost(driver: Driver, ext4: Path) -> None:
+    """As with too many threads that sleep in such calls. Measured without them, they would be 0."""
+    with offering("breakpoints"):
+        watch = Watch()
+    with closing(watch.tracer):
+        if not watch.tracer.measures:
+            pytest.skip("this kernel has no kprobes for BPF")
+        kept = watch.tracer._program.map("kept_calls")
+        with pytest.raises(BpfError):  # of threads that no kernel has, until it is full
+            for thread in range(THREADS, 2 * THREADS):
+                kept.put(struct.pack("=II", thread, 0), bytes(32))
+        before = watch.tracer.counters.read().events_lost
+        command = driver.command(ext4 / "own.json", ext4, "read", "-f", "file", "-n", str(COUNT))
+        with pytest.raises(AssertionError, match="events were lost"):
+            watch.run(*command)
+        assert watch.tracer.counters.read().events_lost >= before + TRIES * COUNT

@@ -41,7 +41,8 @@ struct kept_call_key {
 	u32 tid;
 	u32 function;
 };
-BPF_TABLE("lru_hash", struct kept_call_key, struct kept_call, kept_calls, 4096);
+/* Not one that evicts: a thread may sleep in its call, and come back for its arguments. */
+BPF_HASH(kept_calls, struct kept_call_key, struct kept_call, 8192);
 
 static __always_inline int keep_call(u64 *ctx, u32 function)
 {
@@ -50,7 +51,9 @@ static __always_inline int keep_call(u64 *ctx, u32 function)
 		.args = {tracepoint_arg(ctx, REGS_ARG0 / 8), tracepoint_arg(ctx, REGS_ARG1 / 8),
 			 tracepoint_arg(ctx, REGS_ARG2 / 8), tracepoint_arg(ctx, REGS_CX / 8)}};
 
-	kept_calls.update(&key, &call);
+	if (kept_calls.update(&key, &call) &&
+	    process_of(bpf_get_current_pid_tgid() >> 32, bpf_get_current_task()))
+		count_lost(LOST_TALLY);
 	return 0;
 }
 
