@@ -46,6 +46,8 @@ TESTS = (
     "tests/real/test_measured.py",
     "tests/real/test_findings.py",
     "tests/real/test_moments.py",
+    "tests/real/test_journey.py",
+    "tests/real/test_journey_findings.py",
     "tests/real/test_descendants.py",
     "tests/real/test_library_findings.py",
     "tests/real/test_fuse.py",
