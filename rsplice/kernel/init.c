@@ -90,8 +90,12 @@ static __attribute__((noreturn)) void fail(const char *what)
 static void mount_or_fail(const char *source, const char *target, const char *type,
 			  unsigned long flags, const char *options)
 {
-	if (mount(source, target, type, flags, options))
+	if (!mount(source, target, type, flags, options))
+		return;
+	if (errno != ENODEV || !type)
 		fail(target);
+	tell("fail this kernel has no file system %s, which a guest needs\n", type);
+	power_off();
 }
 
 /* Makes directory *path and those above it. */

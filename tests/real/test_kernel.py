@@ -325,6 +325,13 @@ def test_an_image_with_its_modules_becomes_a_kernel_and_boots(
     run = rsplice("kernel", "run", kernel.release, "--", "bash", "-c", script)
     assert (run.returncode, run.stdout) == (1, f"{kernel.release}\n")
     assert "Network is unreachable" in run.stderr
+    shutil.rmtree(modules / "kernel/fs/9p")
+    assert rsplice("kernel", "fetch", "--modules", modules, kernel.image).returncode == 0
+    run = rsplice("kernel", "run", kernel.release, "--", "true")
+    said = "this kernel has no file system 9p, which a guest needs"
+    assert (run.returncode, run.stderr) == (
+        125, f"rsplice: the guest could not be set up: {said}\n"
+    )  # fmt: skip
 
 
 @contextmanager
