@@ -166,7 +166,9 @@ NOT_SEEN: tuple[NotSeen, ...] = (
     ),
     NotSeen(r"descendants.*\[(ring|direct|write)-copy", (6, 14), "FUSE over io_uring is of 6.14"),
     NotSeen(r"descendants.*\[ublk-(cached|zero)\]", (6, 16), "ublk has AUTO_BUF_REG since 6.16"),
-    NotSeen(r"descendants.*\[(ring|direct|write|early)-", (7, 3), "zero copy of FUSE is of 7.3"),
+    NotSeen(
+        r"descendants.*\[(ring|direct|write|early)-(?!copy)", (7, 3), "zero copy of FUSE is of 7.3"
+    ),
 )
 
 #: Skips that say what a kernel does, not what it lacks; and that Debian has its headers no more.
