@@ -498,7 +498,7 @@ class _Ended(RspliceError):
 def _arguments(kernel: Kernel, setup: Setup, network: bool, kvm: bool) -> list[str]:
     """QEMU's, but for what belongs to open descriptors."""
     # One thread for all CPUs, see _BOOTS: a 7.3 guest panicked so as tracepoints were attached.
-    # It is no slower: 180 s for 321 tests that had taken 206.
+    # The price: two busy processes take twice as long as one.
     accelerator = ("kvm", "host") if kvm else ("tcg,thread=single", "max")
     arguments = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     arguments += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny"]
