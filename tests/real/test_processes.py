@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rsplice.session import kernel_version
 from tests.support.attached import wait_for_command, wait_until_attached
 from tests.support.patience import DEADLINE, MANY
 from tests.support.run import Counts, Driver, Result, Running, audit, own_count, process
@@ -248,4 +249,6 @@ def test_page_cache_inserts(ext4: Path, tmp_path: Path) -> None:
         ["sh", "-ec", f"cd {tmp_path}; ./first {source}; {drop}; ./cold {source}; ./warm {source}"]
     )
     inserted = {p["comm"]: p["page_cache"]["inserted_pages"] for p in result.json["processes"]}
-    assert inserted["cold"] - inserted["warm"] == 23
+    # Before 5.16 the read at the end of the file puts a page behind it (mm/filemap.c:filemap_read).
+    behind = 1 if kernel_version() < (5, 16) else 0
+    assert inserted["cold"] - inserted["warm"] == 23 + behind
