@@ -418,6 +418,7 @@ class MissingProbe:
     probe: str
     reason: str
     cost: str
+    findings: list[str] = field(default_factory=list)  #: names of those that nobody sees without it
 
 
 @dataclass

@@ -11,7 +11,7 @@ from rsplice.audit import Audit, Finding, MissingProbe
 from rsplice.events import LentFile
 from rsplice.handles import open_inode
 from rsplice.pagecache import MEMORY, CachedFile, Kernel, Unchecked
-from rsplice.verify import FileResult, Verifier, finding
+from rsplice.verify import NAME, FileResult, Verifier, finding
 
 #: Filesystems whose handles of files are known (rsplice.handles).
 _OPENED = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs"))
@@ -28,7 +28,7 @@ def verify(audit: Audit, files: Sequence[LentFile]) -> None:
     try:
         kernel = Kernel()
     except Unchecked as why:
-        missing.append(MissingProbe("verify", str(why), COST))
+        missing.append(MissingProbe("verify", str(why), COST, [NAME]))
         return
     results = []
     with Verifier(kernel) as verifier:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
+from typing import ClassVar
 
 from rsplice.audit import Audit, Counts, Finding, Path
 from rsplice.dashboards import phrases
@@ -68,6 +69,7 @@ class Limit(ABC):
     """A condition on an audit, which fails it."""
 
     text: str  #: as a person wrote it
+    of_findings: ClassVar[bool] = False  #: they are looked for with ``--identity all`` alone
 
     @abstractmethod
     def holds(self, audit: Audit) -> str | None:
@@ -153,8 +155,22 @@ def _amount(subject: str, audit: Audit) -> tuple[Fraction, str]:
     return Fraction(nbytes), f"{phrases.plural(nbytes, 'byte')} {subject}"
 
 
+def unseen(audit: Audit, names: Container[str]) -> str | None:
+    """Why one of the findings *names* could not be seen in *audit*; None if each could.
+
+    Who asks for a finding by its name learns so that nobody looked for it, rather than that
+    there was none. Who asks for a kind is told by the accuracy line.
+    """
+    for missing in audit.accuracy.probes_missing:
+        for name in missing.findings:
+            if name in names:
+                return f"{name} cannot be seen: {sanitise(f'{missing.probe}: {missing.reason}')}"
+    return None
+
+
 @dataclass(frozen=True)
 class _FindingLimit(Limit):
+    of_findings = True
     text: str
     kind: str
     name: str  #: "" for any
@@ -162,7 +178,7 @@ class _FindingLimit(Limit):
     def holds(self, audit: Audit) -> str | None:
         for found in self.findings(audit):
             return f"{self.text}: {phrases.finding(found)}"
-        return None
+        return (why := unseen(audit, {self.name})) and f"{self.text}: {why}"
 
     def findings(self, audit: Audit) -> list[Finding]:
         return [

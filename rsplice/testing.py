@@ -26,6 +26,8 @@ from rsplice.pytest_plugin import MARKERS
 from rsplice.tracing import Trace
 
 _SCOPES = ("body", "all")
+#: Findings of probes, and of a look at the disk, that an audit has and a trace has not.
+_NOT_TRACED = ("leaked", "cache-differs-from-disk")
 _PREFIX = "rsplice_"  #: of the properties of a report
 _SUMMARY_PATHS = 3
 
@@ -244,6 +246,8 @@ def _finding_names(marker: str, wanted: Iterable[Any]) -> frozenset[tuple[str, s
     asked = [str(each).replace("missed move", "missed-move") for each in wanted]
     for each in asked:
         found = {(kind, name) for kind, name in known if each in (kind, name, f"{kind}:{name}")}
+        if each.rpartition(":")[2] in _NOT_TRACED:
+            _wrong(marker, f"no trace looks for {each!r}: rsplice audit does")
         if not found:
             names = ", ".join((*FINDINGS, *sorted(name for _, name in known)))
             _wrong(marker, f"no finding {each!r}; there are {names}")

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from rsplice.audit import Audit, Counts, Finding
+from rsplice.audit import Audit, Counts, Finding, MissingProbe
 from rsplice.errors import RspliceError
 from rsplice.limits import FINDINGS, parse_limit, parse_size
 
@@ -65,6 +65,35 @@ def test_limits_that_hold(text: str, sentence: str) -> None:
 )
 def test_limits_that_do_not_hold(text: str) -> None:
     assert parse_limit(text).holds(audit()) is None
+
+
+def blind() -> Audit:
+    """An audit that could not look for pages of librsplice that are leaked."""
+    result = audit()
+    result.accuracy.probes_missing = [
+        MissingProbe("mm_filemap_map_pages", "none here", "faults are not counted"),
+        MissingProbe("probes in /lib/\x1b[31m.so", "before 5.15", "it is not shown", ["leaked"]),
+    ]
+    return result
+
+
+def test_a_finding_by_name_is_not_called_absent_where_nobody_looked() -> None:
+    assert parse_limit("violation:leaked").holds(blind()) == (
+        "violation:leaked: leaked cannot be seen: probes in /lib/\\x1b[31m.so: before 5.15"
+    )
+
+
+def test_what_was_looked_for_holds_as_ever_where_another_was_not() -> None:
+    for text in ("hazard", "violation:double-owner", "missed-move", "hazard:stranded"):
+        assert parse_limit(text).holds(blind()) == parse_limit(text).holds(audit())
+    without = blind()
+    without.findings.clear()
+    assert parse_limit("violation").holds(without) is None  # the accuracy line tells
+
+
+def test_which_limits_are_of_findings() -> None:
+    told = [parse_limit(text).of_findings for text in ("copied>0", "lost>0", "hazard")]
+    assert told == [False, False, True]
 
 
 def test_nothing_carried_is_no_copy_per_byte() -> None:

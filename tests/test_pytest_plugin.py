@@ -524,6 +524,8 @@ NONSENSE = {
     "max_copied(0, scope='some')": "scope: one of body, all is wanted, not 'some'",
     "max_copies_per_byte('x')": "max_copies_per_byte: a number is wanted, not 'x'",
     "no_findings('bugs')": "no_findings: no finding 'bugs'; there are violation,*",
+    "no_findings('leaked')": "no_findings: no trace looks for 'leaked': rsplice audit does",
+    "no_findings('violation:cache-differs-from-disk')": "no_findings: no trace looks for *-disk'*",
 }
 
 

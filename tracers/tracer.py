@@ -40,6 +40,7 @@ class Probe:
     :param marks: whether it serves the probes of librsplice only
     :param counts: the PageCounts that nobody counts without it
     :param older: the tracepoint's name on older kernels, with the same first argument
+    :param findings: those that nobody sees without it
     """
 
     tracepoint: str
@@ -50,6 +51,7 @@ class Probe:
     older: str = ""
     counts: str = ""
     marks: bool = False
+    findings: tuple[str, ...] = ()
 
     def name_on(self, btf: Btf) -> str | None:
         """The tracepoint's name on this kernel, None where it has none that fits."""
@@ -84,7 +86,14 @@ PROBES = (
     Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
     Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True),
-    Probe("signal_deliver", "leaked pages are not seen", "findings", identity=True, marks=True),
+    Probe(
+        "signal_deliver",
+        "leaked pages are not seen",
+        "findings",
+        identity=True,
+        marks=True,
+        findings=("leaked",),
+    ),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse"),
     Probe(
@@ -103,6 +112,7 @@ class Tail:
 
     :param array: the prog array they find it in, and its index there
     :param tracepoint: the one that the others are attached to
+    :param findings: those that nobody sees without it
     """
 
     array: str
@@ -110,6 +120,7 @@ class Tail:
     function: str
     tracepoint: str
     cost: str
+    findings: tuple[str, ...] = ()
 
 
 SUBMIT = "io_uring_submit_req"
@@ -123,8 +134,22 @@ TAILS = (
     Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
     Tail("enter_programs", 1, "tp_compare", "sys_enter", contents.COST),
     Tail("enter_programs", 2, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
-    Tail("exit_task_programs", 0, "tp_stranded", "sched_process_exit", "no pipe is seen stranded"),
-    Tail("exit_task_programs", 1, "tp_leaked", "sched_process_exit", "leaked pages are not seen"),
+    Tail(
+        "exit_task_programs",
+        0,
+        "tp_stranded",
+        "sched_process_exit",
+        "no pipe is seen stranded",
+        findings=("stranded",),
+    ),
+    Tail(
+        "exit_task_programs",
+        1,
+        "tp_leaked",
+        "sched_process_exit",
+        "leaked pages are not seen",
+        findings=("leaked",),
+    ),
     Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
     Tail("fuse_programs", 1, "tp_fuse_tail", "fuse_request_end", contents.COST),
     Tail("uring_submit_programs", 0, "tp_uring_buffers", SUBMIT, URING_COST),
@@ -304,7 +329,7 @@ class Tracer:
             except BpfError as error:
                 if probe.required or self.direct:
                     raise
-                self.missing.append(MissingProbe(probe.tracepoint, str(error), probe.cost))
+                self._miss(probe.tracepoint, str(error), probe)
 
     @property
     def measures(self) -> bool:
@@ -364,7 +389,7 @@ class Tracer:
         except BpfError as error:
             if self.direct:
                 raise
-            self.missing.append(MissingProbe(tail.function, str(error), tail.cost))
+            self._miss(tail.function, str(error), tail)
             return
         program.set_tail(tail.array, tail.index, descriptor)
         os.close(descriptor)  # the array holds it
@@ -379,8 +404,11 @@ class Tracer:
             return name
         if probe.required:
             raise RspliceError(f"cannot attach to {probe.tracepoint}: {reason}")
-        self.missing.append(MissingProbe(probe.tracepoint, reason, probe.cost))
+        self._miss(probe.tracepoint, reason, probe)
         return None
+
+    def _miss(self, name: str, reason: str, of: Probe | Tail) -> None:
+        self.missing.append(MissingProbe(name, reason, of.cost, list(of.findings)))
 
     @property
     def uncounted(self) -> list[str]:

@@ -242,7 +242,7 @@ def _attach(program: Program, file: File, places: list[tuple[int, int]]) -> None
 
 
 def _missing(file: File, reason: str) -> MissingProbe:
-    return MissingProbe(f"probes in {file.path}", reason, COST)
+    return MissingProbe(f"probes in {file.path}", reason, COST, ["leaked"])
 
 
 def read_sites(fd: int) -> list[Site]:

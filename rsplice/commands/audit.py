@@ -84,6 +84,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audits, reports; the exit status is the command's unless something failed."""
     limits = [parse_limit(text) for text in args.fail_on]
+    _check_looked_for(limits, args)
     journey = journeys.request(args)
     files = (args.json, args.html, args.text, args.journey_json, args.junit)
     if files.count("-") > 1:
@@ -196,6 +197,20 @@ def _as_text(audit: Audit) -> str:
     text = io.StringIO()
     print_report(audit, text, color=False)
     return text.getvalue()
+
+
+def _check_looked_for(limits: list[Limit], args: argparse.Namespace) -> None:
+    """Fails before the command runs where a limit is on findings that nobody looks for."""
+    for limit in limits:
+        if limit.of_findings and args.identity != "all":
+            raise RspliceError(
+                f"--fail-on {limit.text}: findings are looked for where all pages are compared: "
+                f"leave out --identity {args.identity}"
+            )
+        if limit.text.endswith(":cache-differs-from-disk") and not args.verify:
+            raise RspliceError(
+                f"--fail-on {limit.text}: files are read from disk with --verify only"
+            )
 
 
 def _check_writable(path: str | None) -> None:

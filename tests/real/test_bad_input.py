@@ -135,6 +135,24 @@ def test_bad_fail_on(expression: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists(), "the command ran although the condition is bad"
 
 
+@pytest.mark.parametrize(
+    ("expression", "option", "advice"),
+    [
+        ("violation", "--identity=sample", "leave out --identity sample"),
+        ("hazard:stranded", "--identity=off", "leave out --identity off"),
+        ("violation:cache-differs-from-disk", "--identity=all", "with --verify only"),
+    ],
+)
+def test_nobody_fails_on_what_is_not_looked_for(
+    expression: str, option: str, advice: str, tmp_path: Path
+) -> None:
+    result = audit(["touch", tmp_path / "ran"], option, "--fail-on", expression)
+    assert result.status == 125
+    assert result.message.startswith(f"rsplice: --fail-on {expression}: ")
+    assert advice in result.message
+    assert not (tmp_path / "ran").exists()
+
+
 @PRIVILEGED
 @pytest.mark.parametrize(
     ("expression", "status"),
@@ -148,6 +166,7 @@ def test_bad_fail_on(expression: str, tmp_path: Path) -> None:
         ("unknown>0", 0),
         ("lost>0", 0),
         ("violation", 0),
+        ("violation:leaked", 0),
     ],
 )
 def test_fail_on(driver: Driver, tmp_path: Path, expression: str, status: int) -> None:
