@@ -6,17 +6,17 @@ from __future__ import annotations
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import attrgetter
-from typing import ClassVar
 
 from rsplice.audit import Audit, Counts, Finding, Path
 from rsplice.dashboards import phrases
 from rsplice.dashboards.text import sanitise
 from rsplice.errors import RspliceError
 
+CACHE_DIFFERS = "cache-differs-from-disk"
 #: The names of the findings, by kind.
 FINDINGS = {
     "violation": (
@@ -26,7 +26,7 @@ FINDINGS = {
         "double-owner",
         "merge-flag-on-page-cache",
         "shared-frag-lost",
-        "cache-differs-from-disk",
+        CACHE_DIFFERS,
         "stale-content-exposed",
         "leaked",
     ),
@@ -69,11 +69,18 @@ class Limit(ABC):
     """A condition on an audit, which fails it."""
 
     text: str  #: as a person wrote it
-    of_findings: ClassVar[bool] = False  #: they are looked for with ``--identity all`` alone
 
     @abstractmethod
     def holds(self, audit: Audit) -> str | None:
         """A sentence that says what held, or None."""
+
+    def not_looked_for(self, identity: str, verify: bool) -> str | None:
+        """Why an audit with these options sees nothing of what it is about; None if it does.
+
+        :param identity: how many calls have their pages compared: "all", "sample" or "off"
+        :param verify: whether lent files are compared with the disk
+        """
+        return None
 
     def paths(self, audit: Audit) -> list[Path]:
         """Where to look if it holds: the paths that it is about, most bytes first."""
@@ -155,22 +162,8 @@ def _amount(subject: str, audit: Audit) -> tuple[Fraction, str]:
     return Fraction(nbytes), f"{phrases.plural(nbytes, 'byte')} {subject}"
 
 
-def unseen(audit: Audit, names: Container[str]) -> str | None:
-    """Why one of the findings *names* could not be seen in *audit*; None if each could.
-
-    Who asks for a finding by its name learns so that nobody looked for it, rather than that
-    there was none. Who asks for a kind is told by the accuracy line.
-    """
-    for missing in audit.accuracy.probes_missing:
-        for name in missing.findings:
-            if name in names:
-                return f"{name} cannot be seen: {sanitise(f'{missing.probe}: {missing.reason}')}"
-    return None
-
-
 @dataclass(frozen=True)
 class _FindingLimit(Limit):
-    of_findings = True
     text: str
     kind: str
     name: str  #: "" for any
@@ -178,7 +171,25 @@ class _FindingLimit(Limit):
     def holds(self, audit: Audit) -> str | None:
         for found in self.findings(audit):
             return f"{self.text}: {phrases.finding(found)}"
-        return (why := unseen(audit, {self.name})) and f"{self.text}: {why}"
+        why = self._unseen(audit)
+        return why and f"{self.text}: not looked for: {sanitise(why)}"
+
+    def _unseen(self, audit: Audit) -> str | None:
+        """Why nobody could see any of what it is about: that there was none is not known then.
+
+        Of a kind that is seen in part the accuracy line tells the rest.
+        """
+        wanted = {self.name} if self.name else {*FINDINGS[self.kind]} - {CACHE_DIFFERS}
+        missing = [m for m in audit.accuracy.probes_missing if wanted & {*m.findings}]
+        hidden = {name for each in missing for name in each.findings}
+        return f"{missing[0].probe}: {missing[0].reason}" if wanted <= hidden else None
+
+    def not_looked_for(self, identity: str, verify: bool) -> str | None:
+        if identity != "all":
+            return f"no findings are looked for with --identity {identity}: leave it out"
+        if self.name == CACHE_DIFFERS and not verify:
+            return "what is cached is compared with the disk with --verify only: add it"
+        return None
 
     def findings(self, audit: Audit) -> list[Finding]:
         return [

@@ -21,13 +21,13 @@ from rsplice.dashboards import phrases
 from rsplice.dashboards.limits_text import failure_lines
 from rsplice.engine import Wanted
 from rsplice.errors import RspliceError
-from rsplice.limits import FINDINGS, Limit, parse_limit, parse_size
+from rsplice.limits import CACHE_DIFFERS, FINDINGS, Limit, parse_limit, parse_size
 from rsplice.pytest_plugin import MARKERS
 from rsplice.tracing import Trace
 
 _SCOPES = ("body", "all")
 #: Findings of probes, and of a look at the disk, that an audit has and a trace has not.
-_NOT_TRACED = ("leaked", "cache-differs-from-disk")
+_NOT_TRACED = ("leaked", CACHE_DIFFERS)
 _PREFIX = "rsplice_"  #: of the properties of a report
 _SUMMARY_PATHS = 3
 

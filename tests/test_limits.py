@@ -10,6 +10,7 @@ import pytest
 from rsplice.audit import Audit, Counts, Finding, MissingProbe
 from rsplice.errors import RspliceError
 from rsplice.limits import FINDINGS, parse_limit, parse_size
+from rsplice.tracers.findings import NAMES
 
 
 def audit() -> Audit:
@@ -79,8 +80,15 @@ def blind() -> Audit:
 
 def test_a_finding_by_name_is_not_called_absent_where_nobody_looked() -> None:
     assert parse_limit("violation:leaked").holds(blind()) == (
-        "violation:leaked: leaked cannot be seen: probes in /lib/\\x1b[31m.so: before 5.15"
+        "violation:leaked: not looked for: probes in /lib/\\x1b[31m.so: before 5.15"
     )
+
+
+def test_a_kind_that_nobody_looked_for_is_not_called_absent() -> None:
+    result = Audit()
+    result.accuracy.probes_missing = [MissingProbe("sys_enter", "none here", "", list(NAMES[1:]))]
+    for text in ("violation", "hazard", "missed-move", "missed-move:steal-refused"):
+        assert parse_limit(text).holds(result) == f"{text}: not looked for: sys_enter: none here"
 
 
 def test_what_was_looked_for_holds_as_ever_where_another_was_not() -> None:
@@ -91,9 +99,22 @@ def test_what_was_looked_for_holds_as_ever_where_another_was_not() -> None:
     assert parse_limit("violation").holds(without) is None  # the accuracy line tells
 
 
-def test_which_limits_are_of_findings() -> None:
-    told = [parse_limit(text).of_findings for text in ("copied>0", "lost>0", "hazard")]
-    assert told == [False, False, True]
+@pytest.mark.parametrize(
+    ("text", "identity", "verify", "is_seen"),
+    [
+        ("copied>0", "off", False, True),
+        ("lost>0", "off", False, True),
+        ("hazard", "all", False, True),
+        ("hazard", "sample", False, False),
+        ("violation:leaked", "off", True, False),
+        ("violation:cache-differs-from-disk", "all", True, True),
+        ("violation:cache-differs-from-disk", "all", False, False),
+    ],
+)
+def test_what_is_not_looked_for_is_known_before_the_run(
+    text: str, identity: str, verify: bool, is_seen: bool
+) -> None:
+    assert (parse_limit(text).not_looked_for(identity, verify) is None) == is_seen
 
 
 def test_nothing_carried_is_no_copy_per_byte() -> None:

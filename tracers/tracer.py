@@ -19,12 +19,13 @@ from rsplice.tracers import layout as layouts
 from rsplice.tracers.btf import RUNNING, Btf
 from rsplice.tracers.copies import Copies
 from rsplice.tracers.counters import Counters, map_sizes
-from rsplice.tracers.findings import SIZES, Findings, learn
+from rsplice.tracers.findings import NAMES, SIZES, Findings, learn
 from rsplice.tracers.journey import Follower
 from rsplice.tracers.program import BpfError, Program, possible_cpus, source_text
 from rsplice.tracers.providers import Serves
 
 _LENT = struct.Struct("=QIIQ")  # bpf/lent.h
+LEAK_COST = "leaked pages are not seen"
 IDENTITY = {"off": 0, "sample": 1, "all": 2}
 
 
@@ -85,15 +86,8 @@ PROBES = (
     Probe("page_fault_user", "page faults are not counted", counts="faults"),
     Probe("skb_copy_datagram_iovec", "copies out of socket buffers are inferred, not measured"),
     Probe("net_dev_start_xmit", layouts.FEATURES["network"], "network", identity=True),
-    Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True),
-    Probe(
-        "signal_deliver",
-        "leaked pages are not seen",
-        "findings",
-        identity=True,
-        marks=True,
-        findings=("leaked",),
-    ),
+    Probe("sys_enter", layouts.FEATURES["findings"], "findings", identity=True, findings=NAMES[1:]),
+    Probe("signal_deliver", LEAK_COST, "findings", identity=True, marks=True, findings=("leaked",)),
     Probe("fuse_request_send", layouts.FEATURES["fuse"], "fuse", identity=True),
     Probe("fuse_request_end", layouts.FEATURES["fuse"], "fuse"),
     Probe(
@@ -123,6 +117,7 @@ class Tail:
     findings: tuple[str, ...] = ()
 
 
+EXIT = "sched_process_exit"
 SUBMIT = "io_uring_submit_req"
 URING_COST = "findings of io_uring's requests are not seen"
 TAILS = (
@@ -131,25 +126,11 @@ TAILS = (
     Tail("exit_programs", 3, "tp_notification", "sys_exit", "MSG_ZEROCOPY is inferred"),
     Tail("exit_programs", 4, "tp_reply_end", "sys_exit", "notifications are not findings"),
     Tail("exit_programs", 5, "tp_contents", "sys_exit", contents.COST),
-    Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"]),
+    Tail("enter_programs", 0, "tp_buffers", "sys_enter", layouts.FEATURES["findings"], NAMES[1:]),
     Tail("enter_programs", 1, "tp_compare", "sys_enter", contents.COST),
     Tail("enter_programs", 2, "tp_offer", "sys_enter", "missed moves of FUSE replies are not seen"),
-    Tail(
-        "exit_task_programs",
-        0,
-        "tp_stranded",
-        "sched_process_exit",
-        "no pipe is seen stranded",
-        findings=("stranded",),
-    ),
-    Tail(
-        "exit_task_programs",
-        1,
-        "tp_leaked",
-        "sched_process_exit",
-        "leaked pages are not seen",
-        findings=("leaked",),
-    ),
+    Tail("exit_task_programs", 0, "tp_stranded", EXIT, "no pipe is seen stranded", ("stranded",)),
+    Tail("exit_task_programs", 1, "tp_leaked", EXIT, LEAK_COST, ("leaked",)),
     Tail("fuse_programs", 0, "tp_fuse_judge", "fuse_request_end", "missed moves are not explained"),
     Tail("fuse_programs", 1, "tp_fuse_tail", "fuse_request_end", contents.COST),
     Tail("uring_submit_programs", 0, "tp_uring_buffers", SUBMIT, URING_COST),

@@ -202,15 +202,8 @@ def _as_text(audit: Audit) -> str:
 def _check_looked_for(limits: list[Limit], args: argparse.Namespace) -> None:
     """Fails before the command runs where a limit is on findings that nobody looks for."""
     for limit in limits:
-        if limit.of_findings and args.identity != "all":
-            raise RspliceError(
-                f"--fail-on {limit.text}: findings are looked for where all pages are compared: "
-                f"leave out --identity {args.identity}"
-            )
-        if limit.text.endswith(":cache-differs-from-disk") and not args.verify:
-            raise RspliceError(
-                f"--fail-on {limit.text}: files are read from disk with --verify only"
-            )
+        if why := limit.not_looked_for(args.identity, args.verify):
+            raise RspliceError(f"--fail-on {limit.text}: {why}")
 
 
 def _check_writable(path: str | None) -> None:

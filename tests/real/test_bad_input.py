@@ -138,9 +138,9 @@ def test_bad_fail_on(expression: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("expression", "option", "advice"),
     [
-        ("violation", "--identity=sample", "leave out --identity sample"),
-        ("hazard:stranded", "--identity=off", "leave out --identity off"),
-        ("violation:cache-differs-from-disk", "--identity=all", "with --verify only"),
+        ("violation", "--identity=sample", "with --identity sample: leave it out"),
+        ("hazard:stranded", "--identity=off", "with --identity off: leave it out"),
+        ("violation:cache-differs-from-disk", "--identity=all", "with --verify only: add it"),
     ],
 )
 def test_nobody_fails_on_what_is_not_looked_for(
